@@ -1,0 +1,1 @@
+"""GPU and CPU kernels: tensors in, tensors out. None yet."""

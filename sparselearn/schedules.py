@@ -1,0 +1,217 @@
+"""Schedules: values that change with the optimizer step, and the steps on which masks change.
+
+A `Schedule` is any function of the optimizer step. Those below are small frozen dataclasses with lower-case
+names, so that a method prints as it was written, compares by value and can be sent to another process.
+Before `start` each has its first value, from `stop` on its last.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sparselearn.errors import SparsityError
+
+Schedule = Callable[[int], float]
+DensitySchedule = Callable[[int, float], float]  # (step, final density) -> density
+
+
+def _check_range(name: str, start: int, stop: int) -> None:
+    if start < 0 or stop <= start:
+        raise SparsityError(
+            f"`{name}` needs 0 <= start < stop (optimizer steps); got start={start}, stop={stop}. "
+            "Choose a later stop or an earlier start."
+        )
+
+
+def _progress(step: int, start: int, stop: int) -> float:
+    return min(max((step - start) / (stop - start), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class constant:  # noqa: N801 - reads as a function
+    """The same value at every step.
+
+    >>> constant(0.3)(1000)
+    0.3
+    """
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class linear:  # noqa: N801
+    """initial + (final - initial)·τ with τ = (step - start) / (stop - start), held outside [start, stop].
+
+    >>> linear(1.0, stop=10)(5)
+    0.5
+    """
+
+    initial: float
+    stop: int
+    start: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range("linear", self.start, self.stop)
+
+    def __call__(self, step: int) -> float:
+        return self.initial + (self.final - self.initial) * _progress(step, self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class cosine:  # noqa: N801
+    """final + (initial - final)/2 · (1 + cos(πτ)): RigL's drop fraction (arXiv 1911.11134, §3(2)).
+
+    >>> [round(cosine(0.3, stop=6)(t), 3) for t in (0, 2, 3, 4, 6)]
+    [0.3, 0.225, 0.15, 0.075, 0.0]
+    """
+
+    initial: float
+    stop: int
+    start: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range("cosine", self.start, self.stop)
+
+    def __call__(self, step: int) -> float:
+        tau = _progress(step, self.start, self.stop)
+        return self.final + 0.5 * (self.initial - self.final) * (1 + math.cos(math.pi * tau))
+
+
+@dataclass(frozen=True)
+class inverse_power:  # noqa: N801
+    """final + (initial - final)·(1 - τ)^k (arXiv 1911.11134, App. G; k = 1 is linear).
+
+    >>> inverse_power(0.8, stop=10, k=2)(5)
+    0.2
+    """
+
+    initial: float
+    stop: int
+    start: int = 0
+    final: float = 0.0
+    k: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_range("inverse_power", self.start, self.stop)
+
+    def __call__(self, step: int) -> float:
+        tau = _progress(step, self.start, self.stop)
+        return self.final + (self.initial - self.final) * (1 - tau) ** self.k
+
+
+@dataclass(frozen=True)
+class cubic:  # noqa: N801
+    """final + (initial - final)·(1 - τ)³: gradual pruning's sparsity (arXiv 1710.01878, eq. 1).
+
+    >>> [round(cubic(0.0, 0.9, stop=4)(t), 4) for t in range(5)]
+    [0.0, 0.5203, 0.7875, 0.8859, 0.9]
+    """
+
+    initial: float
+    final: float
+    stop: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("cubic", self.start, self.stop)
+
+    def __call__(self, step: int) -> float:
+        return self.final + (self.initial - self.final) * (1 - _progress(step, self.start, self.stop)) ** 3
+
+
+@dataclass(frozen=True)
+class square_wave:  # noqa: N801
+    """`high` for `high_steps`, then `low` for `low_steps`, again and again from `start`; `low` from `stop` on.
+
+    Before `start` it is `high`. AC/DC's dense and sparse phases (arXiv 2106.12379) are one.
+
+    >>> [square_wave(1.0, 0.1, high_steps=2, low_steps=1, stop=6)(t) for t in range(8)]
+    [1.0, 1.0, 0.1, 1.0, 1.0, 0.1, 0.1, 0.1]
+    """
+
+    high: float
+    low: float
+    high_steps: int
+    low_steps: int
+    stop: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("square_wave", self.start, self.stop)
+        if self.high_steps < 1 or self.low_steps < 1:
+            raise SparsityError(
+                f"`square_wave` needs phases of at least one step; got high_steps={self.high_steps}, "
+                f"low_steps={self.low_steps}."
+            )
+
+    def __call__(self, step: int) -> float:
+        if step >= self.stop:
+            return self.low
+        phase = max(step - self.start, 0) % (self.high_steps + self.low_steps)
+        return self.high if phase < self.high_steps else self.low
+
+
+@dataclass(frozen=True)
+class ramp:  # noqa: N801
+    """A density that moves from `initial` to the final density as `weight` goes from 1 to 0.
+
+    density(step, final) = final + (initial - final)·weight(step). With weight = inverse_power(1, k=3) this is
+    gradual magnitude pruning; with a square wave it is AC/DC.
+
+    >>> ramp(linear(1.0, stop=10), initial=1.0)(5, 0.1)
+    0.55
+    """
+
+    weight: Schedule
+    initial: float = 1.0
+
+    def __call__(self, step: int, final: float) -> float:
+        return final + (self.initial - final) * self.weight(step)
+
+
+@dataclass(frozen=True)
+class UpdateSchedule:
+    """On which optimizer steps masks change, and what fraction of the active weights then moves.
+
+    Update steps are start, start + every, ... below `stop`; step 0 is the first optimizer step. `start`
+    defaults to `every`. `drop_fraction` is a number in [0, 1], annealed to 0 at `stop` by a cosine from
+    step 0, or any schedule.
+
+    Differs: RigL's code counts the cosine from its begin step on and may update at step 0; pass start=0
+    for the latter.
+
+    >>> [t for t in range(10) if UpdateSchedule(every=3, stop=9).due(t)]
+    [3, 6]
+    """
+
+    every: int
+    stop: int
+    start: int | None = None
+    drop_fraction: float | Schedule = field(default=0.3)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise SparsityError(f"`every` must be at least 1 optimizer step; got {self.every}.")
+        _check_range("UpdateSchedule", self.first, self.stop)
+        if not callable(self.drop_fraction) and not 0 <= self.drop_fraction <= 1:
+            raise SparsityError(f"`drop_fraction` must lie in [0, 1]; got {self.drop_fraction}.")
+
+    @property
+    def first(self) -> int:
+        """The first update step."""
+        return self.every if self.start is None else self.start
+
+    def due(self, step: int) -> bool:
+        """Whether masks change on this step."""
+        return self.first <= step < self.stop and (step - self.first) % self.every == 0
+
+    def fraction(self, step: int) -> float:
+        """The fraction of active weights dropped on this step."""
+        if callable(self.drop_fraction):
+            return self.drop_fraction(step)
+        return cosine(self.drop_fraction, stop=self.stop)(step)
