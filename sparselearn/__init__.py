@@ -5,7 +5,8 @@ Weights are sparse from the first step to the last, with a fixed budget whose po
     sparsifier = Sparsifier(model, rigl(stop=7500), sparsity=0.9)
     optimizer = SparseOptimizer(torch.optim.AdamW(model.parameters()), sparsifier)
 
-`sparselearn.lightning.SparsityCallback` does the same for an unchanged LightningModule, `sparselearn train` for a recipe.
+`sparselearn.lightning.SparsityCallback` does the same for an unchanged LightningModule, `sparselearn train` for a
+recipe.
 """
 
 from sparselearn import criteria, distributions, schedules, structures

@@ -53,7 +53,9 @@ class Tracker(Protocol):
     Trackers that compare equal are shared, so that two criteria that need one count do not count twice.
     """
 
-    key: str
+    @property
+    def key(self) -> str:
+        """The name under which `Layer.memory` holds the tensor."""
 
     def init(self, layer: Layer) -> Tensor:
         """The first value. `layer.mask` is the initial mask."""
@@ -130,7 +132,7 @@ def _normal(layer: Layer) -> Tensor:
 
 
 @dataclass(frozen=True)
-class random_normal:  # noqa: N801
+class random_normal:
     """N(0, σ²)/k with σ the standard deviation of the whole weight, zeros included (RigL's random_normal_k)."""
 
     k: float = 1.0
@@ -140,7 +142,7 @@ class random_normal:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class random_uniform:  # noqa: N801
+class random_uniform:
     """U(-a, a)/k with a the mean magnitude of the whole weight, zeros included (RigL's random_uniform_k)."""
 
     k: float = 1.0
@@ -150,7 +152,7 @@ class random_uniform:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class gradient_scale:  # noqa: N801
+class gradient_scale:
     """-g/k: a step downhill.
 
     Differs: RigL's grad_scale_k has the sign of the gradient of the code's masked weights; ours descends.
@@ -163,7 +165,7 @@ class gradient_scale:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class gradient_sign:  # noqa: N801
+class gradient_sign:
     """-sign(g)/k: a step of equal size downhill (RigL's grad_sign_k). `Differs:` as `gradient_scale`."""
 
     k: float = 1.0
@@ -173,7 +175,7 @@ class gradient_sign:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class initial_weights:  # noqa: N801
+class initial_weights:
     """A tracker that remembers the weights as they were when the sparsifier was built (masked)."""
 
     key: str = "initial_weights"
@@ -189,7 +191,7 @@ class initial_weights:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class initial_distribution:  # noqa: N801
+class initial_distribution:
     """Values drawn from the layer's initial active weights, divided by k (RigL's initial_dist_k).
 
     Differs: RigL shuffles the dense initial tensor; here each value is drawn with replacement from the

@@ -18,12 +18,12 @@ def active() -> bool:
 
 def full(t: Tensor) -> Tensor:
     """The whole tensor (a collective for a sharded one)."""
-    return t.full_tensor() if isinstance(t, DTensor) else t  # type: ignore[no-any-return,no-untyped-call]
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def local(t: Tensor) -> Tensor:
     """This rank's part, sharing memory with it."""
-    return t.to_local() if isinstance(t, DTensor) else t  # type: ignore[no-any-return,no-untyped-call]
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def place_like(t: Tensor, weight: Tensor) -> Tensor:

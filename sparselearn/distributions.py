@@ -20,14 +20,10 @@ Distribution = Callable[[Shapes, float], dict[str, float]]
 
 def _check_density(density: float) -> None:
     if not 0 < density <= 1:
-        raise SparsityError(
-            f"A density must lie in (0, 1], that is, a sparsity in [0, 1); got density {density:g}."
-        )
+        raise SparsityError(f"A density must lie in (0, 1], that is, a sparsity in [0, 1); got density {density:g}.")
 
 
-def uniform(
-    shapes: Shapes, density: float, *, first_dense: bool = False, compensate: bool = False
-) -> dict[str, float]:
+def uniform(shapes: Shapes, density: float, *, first_dense: bool = False, compensate: bool = False) -> dict[str, float]:
     """The same density everywhere.
 
     `first_dense` keeps the first layer dense (RigL's uniform, arXiv 1911.11134 §3(1)). `compensate` then takes
@@ -190,9 +186,7 @@ def by_score(shapes: Shapes, density: float, *, scores: Mapping[str, Tensor]) ->
     flat = torch.cat([scores[name].reshape(-1).float() for name in shapes])
     chosen = top_indices(flat, round(density * flat.numel()))
     parts = chosen.split([shape.numel() for shape in shapes.values()])
-    return {
-        name: max(int(part.sum()), 1) / part.numel() for name, part in zip(shapes, parts, strict=True)
-    }
+    return {name: max(int(part.sum()), 1) / part.numel() for name, part in zip(shapes, parts, strict=True)}
 
 
 def _scored(model: nn.Module, names: list[str] | None) -> dict[str, nn.Parameter]:
@@ -219,7 +213,7 @@ def grasp_scores(
     weights = _scored(model, names)
     params = list(weights.values())
     grads = torch.autograd.grad(loss(model), params, create_graph=True)
-    dot = sum((g * g.detach()).sum() for g in grads)
+    dot = torch.stack([(g * g.detach()).sum() for g in grads]).sum()
     hessian_gradient = torch.autograd.grad(dot, params)
     return {k: (h * w).detach() for (k, w), h in zip(weights.items(), hessian_gradient, strict=True)}
 

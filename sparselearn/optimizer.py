@@ -15,8 +15,8 @@ KEY = "sparsifier"
 class SparseOptimizer(Optimizer):
     """Wraps an optimizer so that every `step` keeps the model sparse.
 
-    It is a torch Optimizer with the base optimizer's own `param_groups` and `state`: learning-rate schedulers, GradScaler
-    and closures work on it as on the base. `state_dict` holds the base's and, under "sparsifier", the masks.
+    It is a torch Optimizer with the base optimizer's own `param_groups` and `state`: learning-rate schedulers,
+    GradScaler and closures work on it as on the base. `state_dict` holds the base's and, under "sparsifier", the masks.
 
     In a loop that clips gradients, call `before_step()` first, so that masked gradients are what is clipped.
 
@@ -47,7 +47,7 @@ class SparseOptimizer(Optimizer):
         self.param_groups, self.state = groups, state
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -55,7 +55,7 @@ class SparseOptimizer(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.base.state
 
     @state.setter
@@ -66,7 +66,7 @@ class SparseOptimizer(Optimizer):
         """Mask the gradients now, before clipping. `step` does it itself where this was not called."""
         self.sparsifier.before_step(self.base)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; at an update step, new masks. Returns the closure's loss."""
         loss = None
         if closure is not None:

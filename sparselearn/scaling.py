@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 OWN_KEYS = ("params", "lr", "weight_decay")
@@ -48,7 +48,7 @@ def rescale_initial(weight: Tensor, mask: Tensor, fan_in_dims: tuple[int, ...], 
         weight.mul_((fan_in / active.clamp(min=1)).sqrt().to(weight.dtype))
 
 
-def scaled_groups(optimizer: Optimizer, multipliers: Mapping[Tensor, float]) -> list[dict[str, Any]]:
+def scaled_groups(optimizer: Optimizer, multipliers: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
     """The optimizer's groups, split where weights have a learning rate of their own.
 
     Each part is a copy of its group with lr·m and weight_decay/m; `merge_groups` carries back what an optimizer writes
@@ -56,7 +56,7 @@ def scaled_groups(optimizer: Optimizer, multipliers: Mapping[Tensor, float]) -> 
     """
     groups = []
     for group in optimizer.param_groups:
-        parts: dict[float, list[Tensor]] = {}
+        parts: dict[float, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             parts.setdefault(multipliers.get(parameter, 1.0), []).append(parameter)
         for multiplier, parameters in parts.items():

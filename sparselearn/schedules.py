@@ -28,7 +28,7 @@ def _progress(step: int, start: int, stop: int) -> float:
 
 
 @dataclass(frozen=True)
-class constant:  # noqa: N801 - reads as a function
+class constant:
     """The same value at every step.
 
     >>> constant(0.3)(1000)
@@ -42,7 +42,7 @@ class constant:  # noqa: N801 - reads as a function
 
 
 @dataclass(frozen=True)
-class linear:  # noqa: N801
+class linear:
     """initial + (final - initial)·τ with τ = (step - start) / (stop - start), held outside [start, stop].
 
     >>> linear(1.0, stop=10)(5)
@@ -62,7 +62,7 @@ class linear:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class cosine:  # noqa: N801
+class cosine:
     """final + (initial - final)/2 · (1 + cos(πτ)): RigL's drop fraction (arXiv 1911.11134, §3(2)).
 
     >>> [round(cosine(0.3, stop=6)(t), 3) for t in (0, 2, 3, 4, 6)]
@@ -83,7 +83,7 @@ class cosine:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class inverse_power:  # noqa: N801
+class inverse_power:
     """final + (initial - final)·(1 - τ)^k (arXiv 1911.11134, App. G; k = 1 is linear).
 
     >>> inverse_power(0.8, stop=10, k=2)(5)
@@ -101,11 +101,11 @@ class inverse_power:  # noqa: N801
 
     def __call__(self, step: int) -> float:
         tau = _progress(step, self.start, self.stop)
-        return self.final + (self.initial - self.final) * (1 - tau) ** self.k
+        return self.final + (self.initial - self.final) * math.pow(1 - tau, self.k)
 
 
 @dataclass(frozen=True)
-class cubic:  # noqa: N801
+class cubic:
     """final + (initial - final)·(1 - τ)³: gradual pruning's sparsity (arXiv 1710.01878, eq. 1).
 
     >>> [round(cubic(0.0, 0.9, stop=4)(t), 4) for t in range(5)]
@@ -125,7 +125,7 @@ class cubic:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class square_wave:  # noqa: N801
+class square_wave:
     """`high` for `high_steps`, then `low` for `low_steps`, again and again from `start`; `low` from `stop` on.
 
     Before `start` it is `high`. AC/DC's dense and sparse phases (arXiv 2106.12379) are one.
@@ -157,7 +157,7 @@ class square_wave:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class ramp:  # noqa: N801
+class ramp:
     """A density that moves from `initial` to the final density as `weight` goes from 1 to 0.
 
     density(step, final) = final + (initial - final)·weight(step). With weight = inverse_power(1, k=3) this is

@@ -112,14 +112,16 @@ def match_all(
 def select_weights(model: nn.Module, select: Select = None, exclude: Iterable[str] = ()) -> list[Weight]:
     """The weights to sparsify, in the model's order.
 
-    By default: weights of Linear, Conv1d/2d/3d, ConvTranspose, Bilinear and MultiheadAttention; biases, norms,
-    1-D parameters, embeddings and depthwise convolutions stay dense. `select` is a list of name patterns (they
-    reach embeddings and depthwise convolutions too, and any parameter of two or more dimensions by its full
-    name) or a predicate (name, module, parameter) -> bool. `exclude` is a list of patterns taken away.
+    By default: weights of Linear, Conv1d/2d/3d, ConvTranspose, Bilinear and MultiheadAttention. Biases, norms, 1-D
+    parameters, embeddings, depthwise convolutions and frozen parameters (a teacher, say) stay as they are.
+
+    `select` is a list of name patterns (they reach embeddings, depthwise convolutions and frozen weights too, and any
+    parameter of two or more dimensions by its full name) or a predicate (name, module, parameter) -> bool. `exclude`
+    is a list of patterns taken away.
     """
     candidates = _candidates(model)
     if select is None:
-        chosen = {n for n, w in candidates.items() if _by_default(w.module, w.attribute)}
+        chosen = {n for n, w in candidates.items() if _by_default(w.module, w.attribute) and w.parameter.requires_grad}
     elif callable(select):
         chosen = {n for n, w in candidates.items() if select(n, w.module, w.parameter)}
     else:

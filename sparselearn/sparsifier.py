@@ -99,7 +99,7 @@ class Sparsifier:
         self._density = 1 - self._checked_sparsity(sparsity)
         self._override = {
             name: 1 - self._checked_sparsity(value)
-            for pattern, value in reversed((overrides or {}).items())
+            for pattern, value in reversed(list((overrides or {}).items()))
             for name in match_all("overrides", [pattern], self._weights)[pattern]
         }
         self._open: dict[int, _OpenStep] = {}
@@ -181,8 +181,8 @@ class Sparsifier:
             room = int(mask.sum())
             if mask.shape != self._shapes[name] or room < nnz[name]:
                 raise SparsityError(
-                    f"The support of `{name}` must have shape {list(self._shapes[name])} and room for {nnz[name]} active "
-                    f"weights; it has shape {list(mask.shape)} and room for {room}. Use a denser support."
+                    f"The support of `{name}` must have shape {list(self._shapes[name])} and room for {nnz[name]} "
+                    f"active weights; it has shape {list(mask.shape)} and room for {room}. Use a denser support."
                 )
         return result
 
@@ -204,10 +204,18 @@ class Sparsifier:
                     layer.move_like(weight.parameter.data)
         return found
 
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer holds any of the sparse weights."""
+        return bool(self._layers_of(optimizer))
+
+    def in_step(self, optimizer: Optimizer) -> bool:
+        """Whether `before_step` has come and `after_step` has not."""
+        return id(optimizer) in self._open
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raises where this optimizer trains none of the sparse weights, or is of a kind that cannot be masked."""
         _refuse(optimizer)
-        if not self._layers_of(optimizer):
+        if not self.trains(optimizer):
             raise SparsityError(
                 "The optimizer trains none of the sparse weights. Give it the parameters of the model that the "
                 f"sparsifier was built with (it holds `{next(iter(self._weights))}` and {len(self._weights) - 1} more)."
@@ -271,8 +279,8 @@ class Sparsifier:
     def after_step(self, optimizer: Optimizer, *, stepped: bool = True) -> None:
         """After the optimizer's step, or instead of it: `stepped=False` where GradScaler skipped it.
 
-        Zeroes inactive weights; at an update step chooses the new masks and zeroes grown weights and the optimizer state
-        of all weights that moved. A step that did not happen leaves masks and clock as they were.
+        Zeroes inactive weights; at an update step chooses the new masks and zeroes grown weights and the optimizer
+        state of all weights that moved. A step that did not happen leaves masks and clock as they were.
         """
         layers = self._layers_of(optimizer)
         if not layers:
@@ -457,7 +465,9 @@ class Sparsifier:
         )  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
-            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         rule = "-" * len(lines[0])

@@ -120,7 +120,9 @@ class SparseState:
 
     def load_state_dict(self, saved: dict[str, Any], weights: dict[str, Tensor]) -> None:
         if saved.get("version") != VERSION:
-            raise SparsityError(f"A sparsifier state of version {saved.get('version')} cannot be read; known: {VERSION}.")
+            raise SparsityError(
+                f"A sparsifier state of version {saved.get('version')} cannot be read (known: {VERSION})."
+            )
         if missing := self.layers.keys() ^ saved["layers"].keys():
             name = sorted(missing)[0]
             where = "the checkpoint" if name in self.layers else "this sparsifier"

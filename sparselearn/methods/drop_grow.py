@@ -104,7 +104,7 @@ class DropGrow:
 
 
 @dataclass(frozen=True)
-class global_ranking:  # noqa: N801
+class global_ranking:
     """Re-allocation by one ranking over all layers: a layer's new budget is the number of its active weights
     among the highest scores of the network, at least one."""
 
@@ -131,9 +131,7 @@ def static(*, structure: Structure | None = None) -> DropGrow:
     return DropGrow(structure=structure or Unstructured())
 
 
-def set_(
-    *, stop: int, every: int = 100, start: int | None = None, drop_fraction: float | Schedule = 0.3
-) -> DropGrow:
+def set_(*, stop: int, every: int = 100, start: int | None = None, drop_fraction: float | Schedule = 0.3) -> DropGrow:
     """SET: sparse evolutionary training (Mocanu et al. 2018, Nature Communications 9:2383, Alg. 1).
 
     drop: of each sign the fraction nearest zero; grow: uniformly at random, at zero. A dropped weight may be
