@@ -1,0 +1,154 @@
+"""What the engine costs per training step: sparse (masked) against dense, side by side in one process.
+
+    python -m sparselearn.recipes.bench_overhead --device cuda --out kernels/results/overhead-h100.csv
+
+Times whole steps (forward, backward, optimizer) of ResNet-18 and a small ViT. Dense, static and RigL steps alternate in
+short blocks, so that drift of the clock hits all alike; the figure is the median over rounds of sparse time / dense time.
+RigL's figure includes its mask updates (one in 100 steps).
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import sparselearn as sl
+
+
+def resnet18(classes: int = 10) -> nn.Module:
+    """torchvision's ResNet-18 with the CIFAR stem (3x3, no pooling)."""
+    model = torchvision.models.resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def small_vit(classes: int = 10) -> nn.Module:
+    """A ViT of 6 blocks, width 384, patches of 4 on 32x32 images: 64 tokens an image."""
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=4, num_layers=6, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=classes
+    )
+
+
+def make_step(
+    build: Callable[[], nn.Module], method: sl.DropGrow | None, batch: tuple[Tensor, Tensor], optimizer: str
+) -> Callable[[], None]:
+    """A function that takes one training step on this batch."""
+    images, labels = batch
+    device = images.device
+    torch.manual_seed(0)
+    model = build().to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    base: torch.optim.Optimizer
+    if optimizer == "sgd":
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=device.type == "cuda")
+    else:
+        base = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type == "cuda")
+    if method is not None:
+        base = sl.SparseOptimizer(base, sl.Sparsifier(model, method, sparsity=0.9))
+
+    def step() -> None:
+        base.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        base.step()
+
+    return step
+
+
+def timed(step: Callable[[], None], n: int, device: torch.device) -> float:
+    """Seconds per step over n steps."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / n
+
+
+def compare(name: str, batch_size: int, device: torch.device, block: int, rounds: int) -> list[dict[str, object]]:
+    """Rows of one model and batch size."""
+    build, optimizer = (resnet18, "sgd") if name == "resnet18" else (small_vit, "adamw")
+    batch = (torch.randn(batch_size, 3, 32, 32, device=device), torch.randint(10, (batch_size,), device=device))
+    methods = {"dense": None, "static": sl.static(), "rigl": sl.rigl(stop=10**9, every=100)}
+    steps = {key: make_step(build, method, batch, optimizer) for key, method in methods.items()}
+    for step in steps.values():
+        timed(step, 3, device)
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            times[key].append(timed(step, block, device))
+    rows: list[dict[str, object]] = []
+    for key in ("static", "rigl"):
+        ratios = [sparse / dense for sparse, dense in zip(times[key], times["dense"], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        rows.append(
+            {
+                "model": name,
+                "batch": batch_size,
+                "method": key,
+                "dense_ms": round(1e3 * statistics.median(times["dense"]), 3),
+                "sparse_ms": round(1e3 * statistics.median(times[key]), 3),
+                "ratio_median": round(statistics.median(ratios), 4),
+                "ratio_q1": round(quartiles[0], 4),
+                "ratio_q3": round(quartiles[2], 4),
+                "steps": block * rounds,
+            }
+        )
+    return rows
+
+
+def hardware(device: torch.device) -> str:
+    """The device's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 16 on a CPU, 64 256 1024 on a GPU)")
+    parser.add_argument("--block", type=int, help="steps per block (default: 2 on a CPU, 100 on a GPU)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="append the rows to this CSV file")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    gpu = device.type == "cuda"
+    rows = [
+        row
+        for name in ("resnet18", "vit")
+        for batch in args.batch or ([64, 256, 1024] if gpu else [16])
+        for row in compare(name, batch, device, args.block or (100 if gpu else 2), args.rounds)
+    ]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    where = {"hardware": hardware(device), "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+    rows = [{**row, **where} for row in rows]
+    writer = csv.DictWriter(sys.stdout, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    if args.out:
+        fresh = not args.out.exists()
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if fresh:
+                writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
