@@ -1,0 +1,1 @@
+"""Recipes: complete training runs by one command. `sparselearn recipes` lists them."""

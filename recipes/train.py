@@ -1,0 +1,312 @@
+"""One training run of a recipe, with everything that it needs to be repeated, resumed and compared."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+from torch import Tensor, nn
+
+import sparselearn
+from sparselearn import config as configs
+from sparselearn import criteria
+from sparselearn.config import Config
+from sparselearn.errors import SparsityError
+from sparselearn.flops import TrainingFlops, layer_flops, model_flops
+from sparselearn.lightning import SparsityCallback
+from sparselearn.recipes.data import Batches, Chunks, Split
+
+LAST = "last.ckpt"
+
+
+class CsvMetrics(Logger):
+    """Appends `step,name,value` rows to metrics.csv, so that a resumed run goes on with the same file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The resolved recipe is in config.yaml already."""
+
+    @pl.utilities.rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        fresh = not self.path.exists()
+        with self.path.open("a") as file:
+            if fresh:
+                file.write("step,name,value\n")
+            file.writelines(f"{step},{name},{value}\n" for name, value in metrics.items() if name != "epoch")
+
+
+class Classifier(pl.LightningModule):
+    """A network, cross-entropy, and a rate that warms up and then falls by a cosine to zero."""
+
+    def __init__(self, config: Config, flops: TrainingFlops | None) -> None:
+        super().__init__()
+        self.network: nn.Module = configs.build("model", config.model)
+        self.config = config
+        self.flops = flops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1], label_smoothing=self.config.label_smoothing)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self.log("test_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
+
+    def rate(self, step: int) -> float:
+        """The learning rate's factor at an optimizer step."""
+        warmup, steps = int(self.config.warmup), self.config.max_steps
+        if step < warmup:
+            return (step + 1) / warmup
+        tau = (step - warmup) / max(steps - warmup, 1)
+        return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * tau, dtype=torch.float64)).item())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = configs.build("optimizer", self.config.optimizer, self.parameters())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _Bookkeeping(pl.Callback):
+    """Counts operations, and stops cleanly after a Ctrl-C: at the end of an optimizer step, with a checkpoint."""
+
+    def __init__(self, folder: Path, sparsity: SparsityCallback | None) -> None:
+        self.folder, self.sparsity = folder, sparsity
+        self.stop, self.interrupted, self.seconds = False, False, 0.0
+        self._counted, self._start = 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._counted, self._start = trainer.global_step, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._counted:
+            return  # between the micro-batches of a step
+        self._counted = trainer.global_step
+        self._count(pl_module)
+        if self.stop and trainer.global_step < trainer.max_steps:
+            self.interrupted = True
+            self._lap()
+            trainer.save_checkpoint(self.folder / LAST)
+            trainer.should_stop = True
+
+    def _count(self, module: pl.LightningModule) -> None:
+        sparsifier = self.sparsity.sparsifier if self.sparsity is not None else None
+        densities: dict[str, float] = {}
+        dense = False
+        if sparsifier is not None:
+            densities = {name.removeprefix("network."): d for name, d in sparsifier.densities.items()}
+            updated = sparsifier.last_update.get("step") == sparsifier.step - 1
+            dense = updated and sparsifier.method.grow is criteria.gradient
+        if module.flops is not None:
+            module.flops.step(densities, dense)
+
+    def _lap(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._start = self.seconds + now - self._start, now
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._lap()
+
+    def state_dict(self) -> dict[str, Any]:
+        flops = getattr(self, "flops", None)
+        return {"seconds": self.seconds, "spent": flops.spent if flops else 0.0, "steps": flops.steps if flops else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+        self.restored = state_dict
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.flops: TrainingFlops = pl_module.flops
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if hasattr(self, "restored"):
+            self.flops.spent, self.flops.steps = self.restored["spent"], self.restored["steps"]
+
+
+def versions() -> dict[str, str]:
+    """What the result was made with."""
+    here = Path(sparselearn.__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "sparselearn": sparselearn.__version__,
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+        "pytorch_lightning": pl.__version__,
+        "python": platform.python_version(),
+        "hardware": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores",
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _sparsity_callback(config: Config) -> SparsityCallback | None:
+    if config.method is None:
+        return None
+    return SparsityCallback(
+        configs.build("method", config.method),
+        sparsity=config.sparsity,
+        distribution=configs.bound("distribution", config.distribution),
+        select=config.select,
+        exclude=config.exclude,
+        overrides=config.overrides,
+        seed=config.seed,
+        init=config.init,  # type: ignore[arg-type]
+        density_scaling=config.density_scaling,
+    )
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train a resolved recipe into the folder `out`; returns what it writes to result.json.
+
+    The folder holds config.yaml (resolved), versions.json, metrics.csv, last.ckpt (Lightning's, for `resume`), model.pt
+    (state dict, weights with zeros, and packed masks), result.json (written last).
+
+    Raises:
+        SparsityError: the folder holds another run, nothing to resume, missing data; see also `config.load`.
+    """
+    folder = Path(out)
+    _claim(folder, config, resume)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tensors in memory need none
+    pl.seed_everything(config.seed, verbose=False)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.accelerator in ("auto", "gpu") else "cpu")
+    split: Split = configs.build("data", config.data).to(device)
+    rank, world = int(os.environ.get("LOCAL_RANK", "0")), config.devices
+    micro = config.max_steps * config.accumulate
+    if config.batch_size % (config.accumulate * world):
+        raise SparsityError(
+            f"`batch_size` {config.batch_size} must be a multiple of accumulate x devices = {config.accumulate * world}."
+        )
+    loader = Batches(
+        split.train_x, split.train_y, config.batch_size // config.accumulate, micro, config.seed, rank, world
+    )
+    pl.seed_everything(config.seed, verbose=False)
+    module = Classifier(config, None)
+    probe = split.test_x[:2].cpu()
+    module.flops = TrainingFlops(layer_flops(module.network, probe), model_flops(module.network, probe))
+    sparsity = _sparsity_callback(config)
+    books = _Bookkeeping(folder, sparsity)
+    callbacks: list[pl.Callback] = [books, ModelCheckpoint(folder, filename="unused", save_last=True, save_top_k=0)]
+    if sparsity is not None:
+        callbacks.insert(0, sparsity)
+    if progress:
+        callbacks.append(RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=100))
+    trainer = pl.Trainer(
+        max_steps=config.max_steps,
+        max_epochs=1,
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=min((config.eval_every or config.max_steps) * config.accumulate, micro),
+        gradient_clip_val=config.gradient_clip_val,
+        precision=config.precision,  # type: ignore[arg-type]
+        devices=config.devices,
+        accelerator=config.accelerator if device.type == "cuda" else "cpu",
+        callbacks=callbacks,
+        logger=CsvMetrics(folder),
+        log_every_n_steps=50,
+        num_sanity_val_steps=0,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    previous = _on_interrupt(books)
+    try:
+        trainer.fit(module, loader, Chunks(split.test_x, split.test_y), ckpt_path=str(folder / LAST) if resume else None)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
+    if books.interrupted:
+        return {"interrupted": True, "step": trainer.global_step}
+    return _finish(folder, config, trainer, module, sparsity, books)
+
+
+def _claim(folder: Path, config: Config, resume: bool) -> None:
+    """Make the folder this run's own."""
+    recorded = folder / "config.yaml"
+    text = configs.to_yaml(config)
+    if resume and not (folder / LAST).is_file():
+        raise SparsityError(f"There is nothing to resume in `{folder}`: it has no {LAST}. Start without --resume.")
+    if recorded.exists() and recorded.read_text() != text and (resume or (folder / LAST).exists()):
+        raise SparsityError(f"`{folder}` holds a run with another configuration (see its config.yaml). Choose another --out.")
+    if not resume:
+        for old in ("metrics.csv", "result.json", LAST):
+            (folder / old).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(recorded, text)
+    write(folder / "versions.json", json.dumps(versions(), indent=1))
+
+
+def _on_interrupt(books: _Bookkeeping) -> Any:
+    """The first Ctrl-C asks for a clean stop; a second one breaks off. None outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    previous = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        books.stop = True
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, ask)
+    return previous
+
+
+def _finish(
+    folder: Path, config: Config, trainer: pl.Trainer, module: Classifier, sparsity: SparsityCallback | None,
+    books: _Bookkeeping,
+) -> dict[str, Any]:  # fmt: skip
+    sparsifier = sparsity.sparsifier if sparsity is not None else None
+    weights = {"model": module.network.state_dict(), "sparsifier": sparsifier.state_dict() if sparsifier else None}
+    torch.save(weights, folder / "model.pt.tmp")
+    (folder / "model.pt.tmp").replace(folder / "model.pt")
+    size = sum(p.numel() for p in module.network.parameters())
+    selected = sum(m.numel() for m in sparsifier.masks.values()) if sparsifier else 0
+    result = {
+        "recipe": config.name,
+        "variant": config.variant,
+        "seed": config.seed,
+        "steps": trainer.global_step,
+        "test_accuracy": round(float(trainer.callback_metrics["test_accuracy"]), 6),
+        "sparsity": sparsifier.sparsity if sparsifier else 0.0,
+        "nnz": sparsifier.nnz + size - selected if sparsifier else size,
+        "parameters": size,
+        "training_flops": module.flops.fraction if module.flops else 1.0,
+        "seconds": round(books.seconds, 2),
+        "learning_rate": config.optimizer.get("lr"),
+        "density_scaling": config.density_scaling,
+        **versions(),
+    }
+    write(folder / "result.json", json.dumps(result, indent=1))
+    return result

@@ -1,0 +1,192 @@
+"""Recipes as YAML: loaded, checked and resolved before anything is built.
+
+A recipe names importable callables (`fn: sparselearn.rigl`); other keys are their arguments, checked against the
+signature. A value "ref:package.name" is that object itself, a nested mapping with `fn` is a callable with its arguments
+bound. Times are optimizer steps; a float in (0, 1] for `every`, `start`, `stop` or `warmup` is a fraction of `max_steps`.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparselearn.errors import SparsityError, closest
+
+TIMES = ("every", "start", "stop", "warmup")
+CALLABLES = ("data", "model", "method", "distribution", "optimizer")
+
+
+@dataclass
+class Config:
+    """One training run. The variant's keys win over the base's, the command line's over both."""
+
+    name: str = MISSING
+    description: str = ""
+    reference: str = ""  # the paper's table row that the recipe follows, if any
+    data: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    max_steps: int = MISSING  # optimizer steps
+    batch_size: int = 128  # over all devices and micro-batches
+    accumulate: int = 1  # micro-batches in an optimizer step
+    warmup: float = 0.0  # steps of linear warm-up, then cosine to 0
+    label_smoothing: float = 0.0
+    gradient_clip_val: float | None = None
+    precision: str = "32-true"
+    devices: int = 1
+    accelerator: str = "auto"
+    eval_every: int = 0  # optimizer steps; 0 evaluates at the end only
+    seed: int = 0
+    variant: str = "rigl"
+    variants: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] | None = None
+    sparsity: float = 0.0
+    distribution: dict[str, Any] = field(default_factory=lambda: {"fn": "sparselearn.distributions.erk"})
+    select: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    overrides: dict[str, float] = field(default_factory=dict)
+    init: str | None = None
+    density_scaling: bool = False
+
+
+def packaged() -> dict[str, Path]:
+    """The recipes that come with the library, by name."""
+    folder = Path(str(resources.files("sparselearn.recipes") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(source: str, changes: list[str] | None = None) -> Config:
+    """The resolved recipe: a path or a packaged name, then its variant, then `key=value` changes.
+
+    Raises:
+        SparsityError: an unknown recipe, variant or key, a value of the wrong type, an argument that a callable
+            does not take, a time out of range. One line, before anything is built.
+    """
+    known = packaged()
+    path = known.get(source, Path(source))
+    if not path.is_file():
+        raise SparsityError(
+            f"There is no recipe `{source}`: neither a file nor one of {', '.join(known)}. See `sparselearn recipes`."
+        )
+    try:
+        base = OmegaConf.load(path)
+        dotted = OmegaConf.from_dotlist(_checked_changes(changes or []))
+        name = OmegaConf.select(dotted, "variant") or OmegaConf.select(base, "variant") or Config.variant
+        variants = OmegaConf.select(base, "variants") or {}
+        if variants and name not in variants:
+            raise SparsityError(f"`{path.name}` has no variant `{name}`; it has: {', '.join(variants)}.")
+        chosen = variants.get(name, {}) if variants else {}
+        merged = OmegaConf.merge(OmegaConf.structured(Config), base, chosen, dotted)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise SparsityError(_one_line(error, path)) from error
+    if not isinstance(config, Config):
+        raise SparsityError(f"`{path.name}` is not a recipe: it must be a mapping.")
+    _resolve_times(config)
+    for key in CALLABLES:
+        check(key, getattr(config, key))
+    return config
+
+
+def _checked_changes(changes: list[str]) -> list[str]:
+    for change in changes:
+        if "=" not in change or change.startswith("="):
+            raise SparsityError(f"`{change}` must have the form key=value, as in sparsity=0.95.")
+    return changes
+
+
+def _one_line(error: OmegaConfBaseException, path: Path) -> str:
+    key = str(error.full_key or error.key or "")
+    if "not in" in str(error):
+        names = list(Config.__dataclass_fields__)
+        return f"`{path.name}`: unknown key `{key}`. Closest: {closest(key, names)}."
+    return f"`{path.name}`: `{key}`: {str(error).splitlines()[0]}."
+
+
+def _resolve_times(config: Config) -> None:
+    def steps(where: str, value: object) -> object:
+        if isinstance(value, float) and not value.is_integer() or value == 1.0 and isinstance(value, float):
+            if not 0 < value <= 1:
+                raise SparsityError(f"`{where}` must be a whole number of optimizer steps or a fraction in (0, 1].")
+            return max(1, round(value * config.max_steps))
+        return int(value) if isinstance(value, float) else value
+
+    def walk(where: str, node: Any) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            if isinstance(value, dict):
+                walk(f"{where}.{key}", value)
+            elif key in TIMES:
+                node[key] = steps(f"{where}.{key}", value)
+
+    if config.max_steps < 1:
+        raise SparsityError(f"`max_steps` must be at least 1; got {config.max_steps}.")
+    walk("method", config.method)
+    warmup = steps("warmup", config.warmup) if config.warmup else 0
+    config.warmup = float(warmup)  # type: ignore[arg-type]
+    stop = (config.method or {}).get("stop")
+    if isinstance(stop, int) and stop > config.max_steps:
+        raise SparsityError(f"`method.stop` is {stop}, past the end of the run (max_steps = {config.max_steps}).")
+
+
+def find(name: str, where: str) -> Any:
+    """The object with this dotted name."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SparsityError(f"`{where}`: there is no `{name}` to import ({error}).") from error
+
+
+def _arguments(where: str, spec: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    if "fn" not in spec:
+        raise SparsityError(f"`{where}` needs a key `fn` with an importable name, as in fn: sparselearn.rigl.")
+    fn = find(str(spec["fn"]), f"{where}.fn")
+    return fn, {key: _value(f"{where}.{key}", value) for key, value in spec.items() if key != "fn"}
+
+
+def _value(where: str, value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("ref:"):
+        return find(value[4:], where)
+    if isinstance(value, dict) and "fn" in value:
+        fn, arguments = _arguments(where, value)
+        return fn(**arguments)
+    return value
+
+
+def check(where: str, spec: Mapping[str, Any] | None) -> None:
+    """Raises where the callable does not exist or does not take these arguments. Builds the method only."""
+    if spec is None:
+        return
+    fn, arguments = _arguments(where, spec)
+    first = {"distribution": ({}, 0.5), "optimizer": ([],)}.get(where, ())
+    signature = inspect.signature(fn)
+    try:
+        signature.bind(*first, **arguments)
+    except TypeError as error:
+        raise SparsityError(f"`{where}`: `{spec['fn']}` {error}. Its arguments: {signature}.") from error
+    if where == "method":
+        fn(**arguments)
+
+
+def build(where: str, spec: Mapping[str, Any], *first: Any, **more: Any) -> Any:
+    """Call the callable of a recipe."""
+    fn, arguments = _arguments(where, spec)
+    return fn(*first, **arguments, **more)
+
+
+def bound(where: str, spec: Mapping[str, Any]) -> Callable[..., Any]:
+    """The callable with the recipe's arguments bound."""
+    fn, arguments = _arguments(where, spec)
+    return partial(fn, **arguments)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved recipe as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
