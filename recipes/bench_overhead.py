@@ -3,12 +3,13 @@
     python -m sparselearn.recipes.bench_overhead --device cuda --out kernels/results/overhead-h100.csv
 
 Times whole steps (forward, backward, optimizer) of ResNet-18 and a small ViT. Dense, static and RigL steps alternate in
-short blocks, so that drift of the clock hits all alike; the figure is the median over rounds of sparse time / dense time.
+short blocks, so that drift of the clock hits all alike; the figure is the median over rounds of sparse / dense time.
 RigL's figure includes its mask updates (one in 100 steps).
 """
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ import sparselearn as sl
 
 def resnet18(classes: int = 10) -> nn.Module:
     """torchvision's ResNet-18 with the CIFAR stem (3x3, no pooling)."""
-    model = torchvision.models.resnet18(num_classes=classes)
+    model: nn.Module = torchvision.models.resnet18(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
@@ -34,9 +35,10 @@ def resnet18(classes: int = 10) -> nn.Module:
 
 def small_vit(classes: int = 10) -> nn.Module:
     """A ViT of 6 blocks, width 384, patches of 4 on 32x32 images: 64 tokens an image."""
-    return torchvision.models.VisionTransformer(
+    model: nn.Module = torchvision.models.VisionTransformer(
         image_size=32, patch_size=4, num_layers=6, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=classes
     )
+    return model
 
 
 def make_step(
@@ -135,7 +137,11 @@ def main(argv: list[str] | None = None) -> int:
         for row in compare(name, batch, device, args.block or (100 if gpu else 2), args.rounds)
     ]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    where = {"hardware": hardware(device), "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+    where = {
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or os.environ.get("SPARSELEARN_COMMIT", "unknown"),
+    }
     rows = [{**row, **where} for row in rows]
     writer = csv.DictWriter(sys.stdout, rows[0])
     writer.writeheader()

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +57,13 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         SparsityError: not an IDX file of bytes, or shorter or longer than its header says.
     """
-    raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise SparsityError(f"`{path}` cannot be unpacked ({error}). Download it again.") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise SparsityError(f"`{path}` is not an IDX file of unsigned bytes. Download it again.")
     ndim = raw[3]
     shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
@@ -113,8 +119,8 @@ class Chunks:
 class Batches:
     """Training batches by step: each epoch is a permutation drawn from (seed, epoch).
 
-    The whole run is one pass over this loader, and its position is its state, so that a resumed run sees the batches that
-    the interrupted one would have seen. With several ranks each takes every world-th example of a batch.
+    The whole run is one pass over this loader, and its position is its state, so that a resumed run sees the batches
+    that the interrupted one would have seen. With several ranks each takes every world-th example of a batch.
     """
 
     def __init__(self, x: Tensor, y: Tensor, batch_size: int, steps: int, seed: int, rank: int = 0, world: int = 1):

@@ -1,5 +1,6 @@
 """The recipes' networks."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 def mlp(sizes: Sequence[int] = (64, 256, 256, 10)) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+    for n_in, n_out in itertools.pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -39,7 +40,7 @@ class _Block(nn.Module):
 
 
 def resnet(depth: int = 20, width: int = 16, channels: int = 1, classes: int = 10) -> nn.Sequential:
-    """The CIFAR ResNet of He et al. (arXiv 1512.03385, §4.2), depth = 6n + 2, with 1x1 shortcuts: 272k weights at 20."""
+    """The CIFAR ResNet of He et al. (arXiv 1512.03385, §4.2), depth = 6n + 2, with 1x1 shortcuts: 272k weights."""
     n = (depth - 2) // 6
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     n_in = width

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparselearn import config as configs
+from sparselearn.errors import SparsityError
 from sparselearn.recipes.train import LAST, train, write
 
 COLUMNS = {
@@ -46,7 +48,8 @@ def sweep(
         jobs: runs at a time, each in a process of its own when more than one.
 
     Raises:
-        SparsityError: any cell's configuration is wrong; nothing is trained then.
+        SparsityError: any cell's configuration is wrong, or its folder holds another run (nothing is trained then); a
+            run failed.
     """
     out = Path(out)
     wanted = cells(grid)
@@ -56,37 +59,48 @@ def sweep(
         folder = folder_of(out, cell)
         recorded = folder / "config.yaml"
         same = recorded.exists() and recorded.read_text() == configs.to_yaml(config)
+        if recorded.exists() and not same:
+            raise SparsityError(
+                f"`{folder}` holds a run with another configuration (see its config.yaml). Choose another --out."
+            )
         if not (same and (folder / "result.json").exists()):
             todo.append((cell, config, folder, same and (folder / LAST).exists()))
     if jobs > 1:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda item: _in_process(source, item[0], item[2], item[3]), todo))
+            threads = str(max(1, (os.cpu_count() or 1) // jobs))  # else the runs fight for the cores
+            list(pool.map(lambda item: _in_process(source, item[0], item[2], item[3], threads), todo))
     else:
         for cell, config, folder, started in todo:
             if progress:
                 print(f"== {', '.join(f'{k}={v}' for k, v in cell.items())}", flush=True)
             if train(config, folder, resume=started, progress=progress).get("interrupted"):
                 raise KeyboardInterrupt
-    results = [{**cell, **json.loads((folder_of(out, cell) / "result.json").read_text())} for cell in wanted]
+    results = [json.loads((folder_of(out, cell) / "result.json").read_text()) | {"cell": cell} for cell in wanted]
     _write_tables(results, grid, out)
     return results
 
 
-def _in_process(source: str, cell: dict[str, str], folder: Path, started: bool) -> None:
+def _in_process(source: str, cell: dict[str, str], folder: Path, started: bool, threads: str) -> None:
     command = [sys.executable, "-m", "sparselearn.cli", "train", source, *[f"{k}={v}" for k, v in cell.items()]]
     command += ["--out", str(folder), "--quiet", *(["--resume"] if started else [])]
     print(f"== {folder.name}", flush=True)
-    subprocess.run(command, check=True)
+    done = subprocess.run(
+        command, check=False, env={**os.environ, "OMP_NUM_THREADS": threads}, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        raise SparsityError(f"The run `{folder.name}` failed (exit code {done.returncode}): {last}")
 
 
 def summarise(results: list[dict[str, Any]], keys: list[str]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds, one row per combination of the other keys."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results:
-        groups.setdefault(tuple(row[k] for k in keys), []).append(row)
+        groups.setdefault(tuple(row["cell"].get(k, row.get(k)) for k in keys), []).append(row)
     summary = []
     for values, rows in groups.items():
-        line: dict[str, Any] = dict(zip(keys, values, strict=True)) | {"n": len(rows)}
+        diverged = sum(row["diverged"] for row in rows)
+        line: dict[str, Any] = {"keys": values, "n": len(rows), "diverged": diverged}
         for column in COLUMNS:
             numbers = [float(row[column]) for row in rows]
             line[column] = statistics.mean(numbers)
@@ -97,6 +111,8 @@ def summarise(results: list[dict[str, Any]], keys: list[str]) -> list[dict[str, 
 
 def _cell(line: dict[str, Any], column: str) -> str:
     value, deviation = line[column], line[f"{column}_sd"]
+    if column == "test_accuracy" and line["diverged"]:
+        return f"{line['diverged']} of {line['n']} diverged"
     if column == "test_accuracy":
         return f"{100 * value:.2f} ± {100 * deviation:.2f} %" if line["n"] > 1 else f"{100 * value:.2f} %"
     if column == "sparsity":
@@ -108,35 +124,36 @@ def _write_tables(results: list[dict[str, Any]], grid: dict[str, list[str]], out
     varied = [key for key, values in grid.items() if len(values) > 1 and key != "seed"] or ["variant"]
     summary = summarise(results, varied)
     with (out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, results[0])
+        rows = [{f"set {k}": v for k, v in row["cell"].items()} | row for row in results]
+        writer = csv.DictWriter(file, [key for key in rows[0] if key != "cell"], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(results)
+        writer.writerows(rows)
     header = [*varied, "n", *COLUMNS.values()]
-    rows = [[*(str(line[k]) for k in varied), str(line["n"]), *(_cell(line, c) for c in COLUMNS)] for line in summary]
+    texts = [[*map(str, line["keys"]), str(line["n"]), *(_cell(line, c) for c in COLUMNS)] for line in summary]
     first = results[0]
     caption = (
         f"Mean ± standard deviation over n seeds; {first['recipe']}, {first['steps']} optimizer steps, "
         f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}."
     )
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["| " + " | ".join(row) + " |" for row in texts]
     write(out / "results.md", "\n".join([*lines, "", caption, ""]))
     table = Table(*header, title=str(first["recipe"]))
-    for row in rows:
+    for row in texts:
         table.add_row(*row)
     Console().print(table)
-    _draw(summary, varied, str(first["recipe"]), out / "results.png")
+    _draw(summary, str(first["recipe"]), out / "results.png")
     print(f"Table: {out / 'results.md'}   Picture: {out / 'results.png'}")
 
 
-def _draw(summary: list[dict[str, Any]], keys: list[str], title: str, path: Path) -> None:
+def _draw(summary: list[dict[str, Any]], title: str, path: Path) -> None:
     """Accuracy and training cost of every row, side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [", ".join(str(line[k]) for k in keys) for line in summary]
+    names = [", ".join(map(str, line["keys"])) for line in summary]
     accuracy = [100 * line["test_accuracy"] for line in summary]
     deviation = [100 * line["test_accuracy_sd"] for line in summary]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.6 + 0.4 * len(names)), sharey=True)

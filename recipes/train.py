@@ -3,12 +3,14 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,11 +63,10 @@ class CsvMetrics(Logger):
 class Classifier(pl.LightningModule):
     """A network, cross-entropy, and a rate that warms up and then falls by a cosine to zero."""
 
-    def __init__(self, config: Config, flops: TrainingFlops | None) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.network: nn.Module = configs.build("model", config.model)
         self.config = config
-        self.flops = flops
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)  # type: ignore[no-any-return]
@@ -95,8 +96,8 @@ class Classifier(pl.LightningModule):
 class _Bookkeeping(pl.Callback):
     """Counts operations, and stops cleanly after a Ctrl-C: at the end of an optimizer step, with a checkpoint."""
 
-    def __init__(self, folder: Path, sparsity: SparsityCallback | None) -> None:
-        self.folder, self.sparsity = folder, sparsity
+    def __init__(self, folder: Path, sparsity: SparsityCallback | None, flops: TrainingFlops) -> None:
+        self.folder, self.sparsity, self.flops = folder, sparsity, flops
         self.stop, self.interrupted, self.seconds = False, False, 0.0
         self._counted, self._start = 0, 0.0
 
@@ -109,14 +110,14 @@ class _Bookkeeping(pl.Callback):
         if trainer.global_step == self._counted:
             return  # between the micro-batches of a step
         self._counted = trainer.global_step
-        self._count(pl_module)
+        self._count()
         if self.stop and trainer.global_step < trainer.max_steps:
             self.interrupted = True
             self._lap()
             trainer.save_checkpoint(self.folder / LAST)
             trainer.should_stop = True
 
-    def _count(self, module: pl.LightningModule) -> None:
+    def _count(self) -> None:
         sparsifier = self.sparsity.sparsifier if self.sparsity is not None else None
         densities: dict[str, float] = {}
         dense = False
@@ -124,8 +125,7 @@ class _Bookkeeping(pl.Callback):
             densities = {name.removeprefix("network."): d for name, d in sparsifier.densities.items()}
             updated = sparsifier.last_update.get("step") == sparsifier.step - 1
             dense = updated and sparsifier.method.grow is criteria.gradient
-        if module.flops is not None:
-            module.flops.step(densities, dense)
+        self.flops.step(densities, dense)
 
     def _lap(self) -> None:
         now = time.perf_counter()
@@ -135,23 +135,15 @@ class _Bookkeeping(pl.Callback):
         self._lap()
 
     def state_dict(self) -> dict[str, Any]:
-        flops = getattr(self, "flops", None)
-        return {"seconds": self.seconds, "spent": flops.spent if flops else 0.0, "steps": flops.steps if flops else 0}
+        return {"seconds": self.seconds, "spent": self.flops.spent, "steps": self.flops.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds = state_dict["seconds"]
-        self.restored = state_dict
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.flops: TrainingFlops = pl_module.flops
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if hasattr(self, "restored"):
-            self.flops.spent, self.flops.steps = self.restored["spent"], self.restored["steps"]
+        self.flops.spent, self.flops.steps = state_dict["spent"], state_dict["steps"]
 
 
 def versions() -> dict[str, str]:
-    """What the result was made with."""
+    """What the result was made with. SPARSELEARN_COMMIT names the commit of a tree without git."""
     here = Path(sparselearn.__file__).parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
@@ -159,9 +151,9 @@ def versions() -> dict[str, str]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "sparselearn": sparselearn.__version__,
-        "commit": commit or "unknown",
+        "commit": commit or os.environ.get("SPARSELEARN_COMMIT", "unknown"),
         "torch": torch.__version__,
-        "pytorch_lightning": pl.__version__,
+        "pytorch_lightning": version("pytorch-lightning"),
         "python": platform.python_version(),
         "hardware": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores",
     }
@@ -197,9 +189,20 @@ def train(config: Config, out: str | Path, *, resume: bool = False, progress: bo
     (state dict, weights with zeros, and packed masks), result.json (written last).
 
     Raises:
-        SparsityError: the folder holds another run, nothing to resume, missing data; see also `config.load`.
+        SparsityError: the folder holds another run, nothing to resume, missing data; see also `config.load`. A folder
+            that was made for the run is removed again.
     """
     folder = Path(out)
+    existed = folder.exists()
+    try:
+        return _train(config, folder, resume, progress)
+    except SparsityError:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _train(config: Config, folder: Path, resume: bool, progress: bool) -> dict[str, Any]:
     _claim(folder, config, resume)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tensors in memory need none
     pl.seed_everything(config.seed, verbose=False)
@@ -209,17 +212,18 @@ def train(config: Config, out: str | Path, *, resume: bool = False, progress: bo
     micro = config.max_steps * config.accumulate
     if config.batch_size % (config.accumulate * world):
         raise SparsityError(
-            f"`batch_size` {config.batch_size} must be a multiple of accumulate x devices = {config.accumulate * world}."
+            f"`batch_size` {config.batch_size} must be a multiple of accumulate x devices = "
+            f"{config.accumulate * world}."
         )
     loader = Batches(
         split.train_x, split.train_y, config.batch_size // config.accumulate, micro, config.seed, rank, world
     )
     pl.seed_everything(config.seed, verbose=False)
-    module = Classifier(config, None)
+    module = Classifier(config)
     probe = split.test_x[:2].cpu()
-    module.flops = TrainingFlops(layer_flops(module.network, probe), model_flops(module.network, probe))
+    flops = TrainingFlops(layer_flops(module.network, probe), model_flops(module.network, probe))
     sparsity = _sparsity_callback(config)
-    books = _Bookkeeping(folder, sparsity)
+    books = _Bookkeeping(folder, sparsity, flops)
     callbacks: list[pl.Callback] = [books, ModelCheckpoint(folder, filename="unused", save_last=True, save_top_k=0)]
     if sparsity is not None:
         callbacks.insert(0, sparsity)
@@ -230,13 +234,14 @@ def train(config: Config, out: str | Path, *, resume: bool = False, progress: bo
         max_epochs=1,
         accumulate_grad_batches=config.accumulate,
         val_check_interval=min((config.eval_every or config.max_steps) * config.accumulate, micro),
+        limit_val_batches=None if config.eval_every else 0,
         gradient_clip_val=config.gradient_clip_val,
         precision=config.precision,  # type: ignore[arg-type]
         devices=config.devices,
         accelerator=config.accelerator if device.type == "cuda" else "cpu",
         callbacks=callbacks,
         logger=CsvMetrics(folder),
-        log_every_n_steps=50,
+        log_every_n_steps=min(50, micro),  # Lightning warns where a run is shorter than this
         num_sanity_val_steps=0,
         enable_progress_bar=progress,
         enable_model_summary=False,
@@ -244,12 +249,16 @@ def train(config: Config, out: str | Path, *, resume: bool = False, progress: bo
     )
     previous = _on_interrupt(books)
     try:
-        trainer.fit(module, loader, Chunks(split.test_x, split.test_y), ckpt_path=str(folder / LAST) if resume else None)
+        trainer.fit(
+            module, loader, Chunks(split.test_x, split.test_y), ckpt_path=str(folder / LAST) if resume else None
+        )
     finally:
         if previous is not None:
             signal.signal(signal.SIGINT, previous)
     if books.interrupted:
         return {"interrupted": True, "step": trainer.global_step}
+    trainer.limit_val_batches = 1.0
+    trainer.validate(module, Chunks(split.test_x, split.test_y), verbose=False)
     return _finish(folder, config, trainer, module, sparsity, books)
 
 
@@ -260,7 +269,9 @@ def _claim(folder: Path, config: Config, resume: bool) -> None:
     if resume and not (folder / LAST).is_file():
         raise SparsityError(f"There is nothing to resume in `{folder}`: it has no {LAST}. Start without --resume.")
     if recorded.exists() and recorded.read_text() != text and (resume or (folder / LAST).exists()):
-        raise SparsityError(f"`{folder}` holds a run with another configuration (see its config.yaml). Choose another --out.")
+        raise SparsityError(
+            f"`{folder}` holds a run with another configuration (see its config.yaml). Choose another --out."
+        )
     if not resume:
         for old in ("metrics.csv", "result.json", LAST):
             (folder / old).unlink(missing_ok=True)
@@ -302,7 +313,8 @@ def _finish(
         "sparsity": sparsifier.sparsity if sparsifier else 0.0,
         "nnz": sparsifier.nnz + size - selected if sparsifier else size,
         "parameters": size,
-        "training_flops": module.flops.fraction if module.flops else 1.0,
+        "diverged": not all(bool(torch.isfinite(p).all()) for p in module.network.parameters()),
+        "training_flops": books.flops.fraction,
         "seconds": round(books.seconds, 2),
         "learning_rate": config.optimizer.get("lr"),
         "density_scaling": config.density_scaling,

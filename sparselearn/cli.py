@@ -66,13 +66,17 @@ def _train(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / f"{config.name}-{config.variant}-seed{config.seed}"
     result = train(config, out, resume=args.resume, progress=not args.quiet)
     if result.get("interrupted"):
-        print(f"Stopped at step {result['step']}. Go on with the same command and --out {out} --resume", file=sys.stderr)
+        print(
+            f"Stopped at step {result['step']}. Go on with the same command and --out {out} --resume", file=sys.stderr
+        )
         return 130
     print(
         f"{config.name} {config.variant}: test accuracy {100 * result['test_accuracy']:.2f} %, "
         f"sparsity {100 * result['sparsity']:.3f} %, {result['nnz']:,} of {result['parameters']:,} parameters nonzero, "
         f"training FLOPs {result['training_flops']:.3f} of dense, {result['seconds']:.0f} s -> {out}"
     )
+    if result["diverged"]:
+        print("The run diverged: weights are not finite. Lower optimizer.lr.", file=sys.stderr)
     return 0
 
 
@@ -92,7 +96,11 @@ def _sweep(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code (2 for a user's mistake, 130 after Ctrl-C)."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)  # key=value may also come after options
+    if unknown := [item for item in rest if item.startswith("-") or args.command not in ("train", "sweep")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.changes += rest
     if args.version:
         from sparselearn import __version__
 

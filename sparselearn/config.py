@@ -2,7 +2,8 @@
 
 A recipe names importable callables (`fn: sparselearn.rigl`); other keys are their arguments, checked against the
 signature. A value "ref:package.name" is that object itself, a nested mapping with `fn` is a callable with its arguments
-bound. Times are optimizer steps; a float in (0, 1] for `every`, `start`, `stop` or `warmup` is a fraction of `max_steps`.
+bound. Times are optimizer steps; a float in (0, 1] for `every`, `start`, `stop` or `warmup` is a fraction of
+`max_steps`.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,7 +38,7 @@ class Config:
     max_steps: int = MISSING  # optimizer steps
     batch_size: int = 128  # over all devices and micro-batches
     accumulate: int = 1  # micro-batches in an optimizer step
-    warmup: float = 0.0  # steps of linear warm-up, then cosine to 0
+    warmup: Any = 0  # steps of linear warm-up, then cosine to 0
     label_smoothing: float = 0.0
     gradient_clip_val: float | None = None
     precision: str = "32-true"
@@ -77,18 +79,24 @@ def load(source: str, changes: list[str] | None = None) -> Config:
         )
     try:
         base = OmegaConf.load(path)
+        if not OmegaConf.is_dict(base):
+            raise SparsityError(f"`{path.name}`: a recipe must be a mapping of keys to values.")
         dotted = OmegaConf.from_dotlist(_checked_changes(changes or []))
         name = OmegaConf.select(dotted, "variant") or OmegaConf.select(base, "variant") or Config.variant
         variants = OmegaConf.select(base, "variants") or {}
         if variants and name not in variants:
             raise SparsityError(f"`{path.name}` has no variant `{name}`; it has: {', '.join(variants)}.")
         chosen = variants.get(name, {}) if variants else {}
+        for variant in variants.values():  # a mistake in any of them is found now, not when it is chosen
+            OmegaConf.merge(OmegaConf.structured(Config), variant)
         merged = OmegaConf.merge(OmegaConf.structured(Config), base, chosen, dotted)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise SparsityError(_one_line(error, path)) from error
-    if not isinstance(config, Config):
-        raise SparsityError(f"`{path.name}` is not a recipe: it must be a mapping.")
+    except yaml.YAMLError as error:
+        raise SparsityError(f"`{path.name}`: this is not YAML: {' '.join(str(error).split())}") from error
+    assert isinstance(config, Config)  # for mypy: to_object of a structured Config is one
+    _check_numbers(config)
     _resolve_times(config)
     for key in CALLABLES:
         check(key, getattr(config, key))
@@ -110,13 +118,23 @@ def _one_line(error: OmegaConfBaseException, path: Path) -> str:
     return f"`{path.name}`: `{key}`: {str(error).splitlines()[0]}."
 
 
+def _check_numbers(config: Config) -> None:
+    for key, least in {"max_steps": 1, "batch_size": 1, "accumulate": 1, "devices": 1, "eval_every": 0}.items():
+        if (value := getattr(config, key)) < least:
+            raise SparsityError(f"`{key}` must be at least {least}; got {value}.")
+    if not 0 <= config.sparsity < 1:
+        raise SparsityError(f"`sparsity` is the fraction of zeros and must lie in [0, 1); got {config.sparsity:g}.")
+
+
 def _resolve_times(config: Config) -> None:
     def steps(where: str, value: object) -> object:
-        if isinstance(value, float) and not value.is_integer() or value == 1.0 and isinstance(value, float):
-            if not 0 < value <= 1:
-                raise SparsityError(f"`{where}` must be a whole number of optimizer steps or a fraction in (0, 1].")
+        if not isinstance(value, float):
+            return value
+        if 0 < value <= 1:
             return max(1, round(value * config.max_steps))
-        return int(value) if isinstance(value, float) else value
+        if not value.is_integer():
+            raise SparsityError(f"`{where}` must be a whole number of optimizer steps or a fraction in (0, 1].")
+        return int(value)
 
     def walk(where: str, node: Any) -> None:
         for key, value in node.items() if isinstance(node, dict) else ():
@@ -125,11 +143,10 @@ def _resolve_times(config: Config) -> None:
             elif key in TIMES:
                 node[key] = steps(f"{where}.{key}", value)
 
-    if config.max_steps < 1:
-        raise SparsityError(f"`max_steps` must be at least 1; got {config.max_steps}.")
     walk("method", config.method)
-    warmup = steps("warmup", config.warmup) if config.warmup else 0
-    config.warmup = float(warmup)  # type: ignore[arg-type]
+    config.warmup = steps("warmup", config.warmup)
+    if not isinstance(config.warmup, int) or config.warmup < 0:
+        raise SparsityError(f"`warmup` must be a number of optimizer steps or a fraction; got {config.warmup!r}.")
     stop = (config.method or {}).get("stop")
     if isinstance(stop, int) and stop > config.max_steps:
         raise SparsityError(f"`method.stop` is {stop}, past the end of the run (max_steps = {config.max_steps}).")
@@ -148,6 +165,8 @@ def _arguments(where: str, spec: Mapping[str, Any]) -> tuple[Callable[..., Any],
     if "fn" not in spec:
         raise SparsityError(f"`{where}` needs a key `fn` with an importable name, as in fn: sparselearn.rigl.")
     fn = find(str(spec["fn"]), f"{where}.fn")
+    if not callable(fn):
+        raise SparsityError(f"`{where}.fn`: `{spec['fn']}` cannot be called; it is of type {type(fn).__name__}.")
     return fn, {key: _value(f"{where}.{key}", value) for key, value in spec.items() if key != "fn"}
 
 
@@ -156,8 +175,24 @@ def _value(where: str, value: Any) -> Any:
         return find(value[4:], where)
     if isinstance(value, dict) and "fn" in value:
         fn, arguments = _arguments(where, value)
-        return fn(**arguments)
+        _bind(where, str(value["fn"]), fn, (), arguments)
+        return _call(where, str(value["fn"]), fn, arguments)
     return value
+
+
+def _bind(where: str, name: str, fn: Callable[..., Any], first: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+    signature = inspect.signature(fn)
+    try:
+        signature.bind(*first, **arguments)
+    except TypeError as error:
+        raise SparsityError(f"`{where}`: `{name}` {error}. Its arguments: {signature}.") from error
+
+
+def _call(where: str, name: str, fn: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    try:
+        return fn(**arguments)
+    except TypeError as error:
+        raise SparsityError(f"`{where}`: `{name}` refused its arguments: {error}.") from error
 
 
 def check(where: str, spec: Mapping[str, Any] | None) -> None:
@@ -165,14 +200,10 @@ def check(where: str, spec: Mapping[str, Any] | None) -> None:
     if spec is None:
         return
     fn, arguments = _arguments(where, spec)
-    first = {"distribution": ({}, 0.5), "optimizer": ([],)}.get(where, ())
-    signature = inspect.signature(fn)
-    try:
-        signature.bind(*first, **arguments)
-    except TypeError as error:
-        raise SparsityError(f"`{where}`: `{spec['fn']}` {error}. Its arguments: {signature}.") from error
+    first: dict[str, tuple[Any, ...]] = {"distribution": ({}, 0.5), "optimizer": ([],)}
+    _bind(where, str(spec["fn"]), fn, first.get(where, ()), arguments)
     if where == "method":
-        fn(**arguments)
+        _call(where, str(spec["fn"]), fn, arguments)
 
 
 def build(where: str, spec: Mapping[str, Any], *first: Any, **more: Any) -> Any:

@@ -218,23 +218,31 @@ def grasp_scores(
     return {k: (h * w).detach() for (k, w), h in zip(weights.items(), hessian_gradient, strict=True)}
 
 
-def budgets(structure: Structure, shapes: Shapes, densities: Mapping[str, float]) -> dict[str, int]:
+def budgets(
+    structure: Structure, shapes: Shapes, densities: Mapping[str, float], most: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Whole numbers of active weights. The only place where a density is rounded.
 
-    Each layer gets what `structure.budget` says, rounded down; where the structure lets nnz vary, single units
-    then go to the layers with the largest remainder until the total is that of the densities.
+    Each layer gets what `structure.budget` says, RigL's rounding; where the structure lets nnz vary, single units
+    are then taken from the layers that it rounded up most until the total is that of the densities. A layer keeps
+    at least one unit, so that a network of tiny layers may stay above the total. `most` bounds the layers it names:
+    a method that only prunes cannot give back a weight that an earlier rounding took.
 
     Differs: RigL rounds each layer by itself; here the global sparsity is exact too.
     """
-    nnz = {name: structure.budget(shape, densities[name]) for name, shape in shapes.items()}
+    most = {name: shape.numel() for name, shape in shapes.items()} | dict(most or {})
+    nnz = {name: min(structure.budget(shape, densities[name]), most[name]) for name, shape in shapes.items()}
     wanted = {name: densities[name] * shape.numel() for name, shape in shapes.items()}
     spare = round(sum(wanted.values())) - sum(nnz.values())
     step = 1 if spare > 0 else -1
-    for name in sorted(shapes, key=lambda k: -step * (wanted[k] - nnz[k])):
-        unit = structure.unit(shapes[name])
-        if unit and unit <= abs(spare) and 0 < nnz[name] + step * unit <= shapes[name].numel():
-            if math.isclose(densities[name], 1.0):
-                continue
-            nnz[name] += step * unit
-            spare -= step * unit
+    units = {name: structure.unit(shape) for name, shape in shapes.items() if not math.isclose(densities[name], 1.0)}
+    moved = True
+    while spare and moved:  # once, but for layers that cannot take their share
+        moved = False
+        for name in sorted(units, key=lambda k: -step * (wanted[k] - nnz[k])):
+            unit = units[name]
+            if unit and unit <= abs(spare) and 0 < nnz[name] + step * unit <= most[name]:
+                nnz[name] += step * unit
+                spare -= step * unit
+                moved = True
     return nnz

@@ -1,28 +1,58 @@
 """Floating-point operations of sparse training, in the convention of the RigL paper (arXiv 1911.11134, App. H).
 
-A layer of density d costs d times its dense operations. A training step is one forward pass and twice that backward: 3·f_S
-with f_S the sparse forward cost. A step whose growth needs the dense gradient of the weights costs 2·f_S + f_D.
+A layer of density d costs d times its dense operations. A training step is one forward pass and twice that backward:
+3·f_S with f_S the sparse forward cost. A step whose growth needs the dense gradient of the weights costs 2·f_S + f_D.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparselearn.selection import CONV, CONV_TRANSPOSE, select_weights
+from sparselearn.selection import CONV, CONV_TRANSPOSE, Weight, select_weights
 
 
-@torch.no_grad()
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without attention's fused path, which the counter does not see; everything as before after it."""
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes.items():
+            module.training = training
+
+
 def model_flops(model: nn.Module, example: Tensor) -> float:
     """Dense forward operations (2 per multiply-add) for one example; `example` is a batch of any size."""
-    with FlopCounterMode(display=False) as counter:
+    with _undisturbed(model), FlopCounterMode(display=False) as counter:
         model(example)
-    return counter.get_total_flops() / len(example)
+    return float(counter.get_total_flops()) / len(example)
 
 
-@torch.no_grad()
+def _positions(module: nn.Module, attribute: str, args: Any, kwargs: Any, output: Any) -> float:
+    """How many times one forward call applies each number of this weight."""
+    if isinstance(module, nn.MultiheadAttention):
+        inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        tokens = {name: inputs[name].numel() / inputs[name].shape[-1] for name in ("query", "key", "value")}
+        packed = sum(tokens.values()) / 3  # a third of the packed weight for each
+        own = {"in_proj_weight": packed, "k_proj_weight": tokens["key"], "v_proj_weight": tokens["value"]}
+        return float(own.get(attribute, tokens["query"]))
+    if isinstance(module, CONV):
+        return float(output.numel() / module.out_channels)
+    if isinstance(module, CONV_TRANSPOSE):
+        return float(args[0].numel() / module.in_channels)
+    return float(output.numel() / output.shape[-1])
+
+
 def layer_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
     """Dense forward operations per example of each weight that can be sparse: 2·size·(positions it is applied to).
 
@@ -32,24 +62,22 @@ def layer_flops(model: nn.Module, example: Tensor) -> dict[str, float]:
     {'0.weight': 400.0}
     """
     result: dict[str, float] = {}
+    # Attention uses its output projection's weight without calling that module.
+    attention: dict[nn.Module, nn.Module] = {
+        m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    }
     handles = []
     for weight in select_weights(model):
 
-        def count(module: nn.Module, inputs: Any, output: Any, name: str = weight.name, w: Any = weight) -> None:
-            size = w.parameter.numel()
-            if isinstance(module, nn.Linear | nn.Bilinear):
-                positions = output.numel() / output.shape[-1]
-            elif isinstance(module, CONV):
-                positions = output.numel() / module.out_channels
-            elif isinstance(module, CONV_TRANSPOSE):
-                positions = inputs[0].numel() / module.in_channels
-            else:  # an attention projection: one position a token
-                positions = inputs[0].numel() / inputs[0].shape[-1]
-            result[name] = result.get(name, 0.0) + 2.0 * size * positions / len(example)
+        def count(module: nn.Module, args: Any, kwargs: Any, output: Any, w: Weight = weight) -> None:
+            positions = _positions(module, w.attribute, args, kwargs, output)
+            result[w.name] = result.get(w.name, 0.0) + 2.0 * w.parameter.numel() * positions / len(example)
 
-        handles.append(weight.module.register_forward_hook(count))
+        caller = attention.get(weight.module, weight.module)
+        handles.append(caller.register_forward_hook(count, with_kwargs=True))
     try:
-        model(example)
+        with _undisturbed(model):
+            model(example)
     finally:
         for handle in handles:
             handle.remove()

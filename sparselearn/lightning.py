@@ -69,11 +69,17 @@ class SparsityCallback(pl.Callback):
     # ---- life ----------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if self._module is pl_module and self.sparsifier is not None and self._saved is None:
             return  # fit goes on with the same model
         self._module = pl_module
         self.sparsifier = Sparsifier(pl_module, self._method, **self._options, state_dict=self._saved)
         self.sparsifier.on_update(self._mask_averages)
+        for callback in self._averages:  # copied from the module when it was dense; validation uses it at once
+            average = callback._average_model
+            if self._saved is None and average is not None and average.n_averaged == 0:
+                average.module.load_state_dict(pl_module.state_dict())
+        self._mask_averages()
         self._saved = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,7 +87,6 @@ class SparsityCallback(pl.Callback):
         if self._saved is not None:  # sharded strategies restore callbacks only now
             sparsifier.load_state_dict(self._saved)
             self._saved = None
-        self._averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         self._remove_hooks()
         trained = False
         for optimizer in trainer.optimizers:

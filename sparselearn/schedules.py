@@ -212,6 +212,9 @@ class UpdateSchedule:
 
     def fraction(self, step: int) -> float:
         """The fraction of active weights dropped on this step."""
-        if callable(self.drop_fraction):
-            return self.drop_fraction(step)
-        return cosine(self.drop_fraction, stop=self.stop)(step)
+        if not callable(self.drop_fraction):
+            return cosine(self.drop_fraction, stop=self.stop)(step)
+        fraction = self.drop_fraction(step)
+        if not 0 <= fraction <= 1:
+            raise SparsityError(f"`drop_fraction` must lie in [0, 1]; got {fraction} at step {step}.")
+        return fraction

@@ -51,15 +51,17 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def _candidates(model: nn.Module) -> dict[str, Weight]:
     """Every parameter of at least two dimensions, tied ones once under their first name."""
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod")
+    inner = getattr(model, "_orig_mod", model)
+    wrapped = isinstance(inner, nn.parallel.DistributedDataParallel)
     found: dict[str, Weight] = {}
     seen: dict[int, Weight] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2:
+            lazy = isinstance(parameter, nn.parameter.UninitializedParameter) and attribute != "bias"
+            if parameter.ndim < 2 and not lazy:  # a lazy weight is refused where it is selected
                 continue
             name = f"{path}.{attribute}" if path else attribute
-            name = clean_name(name) if wrapped or "_orig_mod." in name else name
+            name = clean_name(name) if wrapped else name.replace("_orig_mod.", "")
             if id(parameter) in seen:
                 first = seen[id(parameter)]
                 if name != first.name:
@@ -136,8 +138,8 @@ def select_weights(model: nn.Module, select: Select = None, exclude: Iterable[st
     weights = [candidates[n] for n in candidates if n in chosen]
     if not weights:
         raise SparsityError(
-            "No weight was selected. Sparsified by default: Linear, Conv, ConvTranspose and MultiheadAttention "
-            f"weights; the model has {len(candidates)} parameters of two or more dimensions: "
+            "No weight was selected. Sparsified by default: trainable Linear, Conv, ConvTranspose and "
+            f"MultiheadAttention weights; the model has {len(candidates)} parameters of two or more dimensions: "
             f"{', '.join(list(candidates)[:5]) or 'none'}."
         )
     for weight in weights:

@@ -105,6 +105,7 @@ class Sparsifier:
         self._open: dict[int, _OpenStep] = {}
         self._listeners: list[Callable[[], None]] = []
         self._expected: dict[str, int] = {}  # nonzero weights at the save, until checked after a resume
+        self._compared = False  # whether ranks have been seen to start from equal masks and clocks
         self.last_update: dict[str, float] = {}
         self.state = SparseState(seed)
         self._draw(support, init if state_dict is None else "keep", restore=state_dict is not None)
@@ -132,9 +133,12 @@ class Sparsifier:
         at = partial(self.method.density, step) if self.method.density is not None else lambda density: density
         free = {name: shape for name, shape in self._shapes.items() if name not in self._override}
         structure = self.method.structure
-        nnz = budgets(structure, free, self.distribution(free, at(self._density))) if free else {}
+        most = None
+        if self.method.grow is None and self.method.reallocate is None:
+            most = {name: layer.nnz for name, layer in self.state.layers.items() if name in free}
+        nnz = budgets(structure, free, self.distribution(free, at(self._density)), most) if free else {}
         for name, density in self._override.items():
-            nnz[name] = structure.budget(self._shapes[name], at(density))
+            nnz[name] = structure.budget(self._shapes[name], at(density) if density < 1 else 1.0)
         for name, n in nnz.items():
             if not 0 < n <= self._shapes[name].numel():
                 raise SparsityError(
@@ -234,6 +238,9 @@ class Sparsifier:
         if not layers:
             return
         self._check_resumed()
+        if not self._compared and distributed.active():  # different clocks would wait for each other for ever
+            distributed.check_equal([pack(distributed.full(s.mask)) for s in self.state.layers.values()], self.step)
+        self._compared = True
         first = next(iter(layers.values()))[1]
         due = self.method.due(first.step) or first.deferred
         opened = self._open.setdefault(id(optimizer), _OpenStep(due))
@@ -298,7 +305,9 @@ class Sparsifier:
         for name, (weight, layer) in layers.items():
             for tracker in self.method.trackers:
                 view = self._view(name, weight.parameter, layer, weight.parameter.grad, {})
-                layer.memory[tracker.key] = tracker.after_step(view, layer.memory[tracker.key])
+                value = tracker.after_step(view, view.memory[tracker.key])
+                if value is not view.memory[tracker.key]:
+                    layer.memory[tracker.key] = distributed.place_like(value, weight.parameter.data)
         if opened.due and opened.grads is not None:
             self._update(optimizer, layers, opened.grads)
         for weight, layer in layers.values():
@@ -488,6 +497,7 @@ class Sparsifier:
             raise SparsityError("`load_state_dict` came between `before_step` and `after_step`. Close the step first.")
         self.state.load_state_dict(dict(saved), {name: w.parameter.data for name, w in self._weights.items()})
         self._expected = {name: layer["nonzero"] for name, layer in saved["layers"].items()}
+        self._compared = False
 
     def _check_resumed(self) -> None:
         """After a load: the weights must be those that the masks were saved with."""

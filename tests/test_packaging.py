@@ -168,9 +168,7 @@ def test_kernels_stand_alone() -> None:
 def test_mapped_folders_are_imported_by_their_package_name() -> None:
     # `import kernels` would be a second copy of the module, or somebody else's package of that name.
     wrong = [
-        f"{place}: {target}"
-        for _, target, place in all_imports()
-        if target.split(".")[0] in {"kernels", "recipes"}
+        f"{place}: {target}" for _, target, place in all_imports() if target.split(".")[0] in {"kernels", "recipes"}
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -187,17 +185,11 @@ def tracked_files() -> list[Path]:
         pytest.skip("needs a git checkout")
     result = run("git", "ls-files", "-z")
     assert result.returncode == 0, result.stderr
-    return [
-        p
-        for name in result.stdout.split("\0")
-        if name and (p := ROOT / name).is_file() and not p.is_symlink()
-    ]
+    return [p for name in result.stdout.split("\0") if name and (p := ROOT / name).is_file() and not p.is_symlink()]
 
 
 def test_tracked_files_are_small() -> None:
-    large = {
-        str(p.relative_to(ROOT)): size for p in tracked_files() if (size := p.stat().st_size) > 1_000_000
-    }
+    large = {str(p.relative_to(ROOT)): size for p in tracked_files() if (size := p.stat().st_size) > 1_000_000}
     assert not large, f"over 1 MB (bytes): {large}"
 
 
@@ -214,7 +206,7 @@ def test_tracked_files_name_no_machine_path() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs build")
 def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
@@ -251,5 +243,5 @@ def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
     assert installed >= {f"sparselearn/recipes/configs/{name}" for name in configs}
 
     command = environment / "bin" / "sparselearn"
-    succeed(command, "train", "digits", "max_steps=20", "--out", tmp_path / "run", cwd=elsewhere)
+    succeed(command, "train", "digits", "max_steps=200", "--out", tmp_path / "run", cwd=elsewhere)
     assert any((tmp_path / "run").iterdir())

@@ -37,7 +37,8 @@ class DropGrow:
         reallocate: from (layers, budgets) to new budgets of the same total; None keeps each layer's.
         grow_init: values of grown weights.
         exclude_dropped: weights dropped now may not be grown in the same update. RigL's code lets them return
-            (they then keep value and optimizer state, as weights that never left).
+            (they then keep value and optimizer state, as weights that never left). A layer with fewer inactive
+            weights than it would drop drops as many as it can grow.
         skip_step: an update takes the place of the optimizer step (RigL, Alg. 1): weights, optimizer state and
             its step counts stay as they were, for all parameters of the optimizer.
         optimizer_state: "zero" keeps the state of inactive weights at zero and masks gradients; "keep" gives
@@ -72,6 +73,12 @@ class DropGrow:
             total, nnz = sum(nnz), self.reallocate(layers, nnz)
             if sum(nnz) != total:
                 raise SparsityError(f"`reallocate` must keep the total of {total} weights; it gave {sum(nnz)}.")
+            for layer, n in zip(layers, nnz, strict=True):
+                if not 0 < n <= layer.mask.numel():
+                    raise SparsityError(
+                        f"`reallocate` gave `{layer.name}` {n} active weights; it must give every layer at least one "
+                        f"and at most its size, here {layer.mask.numel()}."
+                    )
         masks = [self._new_mask(layer, n) for layer, n in zip(layers, nnz, strict=True)]
         for mask, n in zip(masks, nnz, strict=True):
             self.structure.check(mask, n)
@@ -81,12 +88,16 @@ class DropGrow:
         active = int(layer.mask.sum())
         stay = min(active, nnz)
         fraction = self.updates.fraction(layer.step) if self.updates is not None and self.grow is not None else 0.0
-        n_keep = stay - int(fraction * stay)
+        n_drop = int(fraction * stay)
+        if self.exclude_dropped:  # a dense layer has nowhere else to grow
+            room = ~layer.mask if layer.support is None else ~layer.mask & layer.support
+            n_drop = min(n_drop, max(int(room.sum()) - (nnz - stay), 0))
+        n_keep = stay - n_drop
         if n_keep == active == nnz:
             return layer.mask
         drop_score = check_score(self.drop(layer), layer, "drop").float()
         eligible = drop_score.masked_fill(~layer.mask, -math.inf).reshape(-1)
-        keep = top_indices(eligible, n_keep).view_as(layer.mask)
+        keep = (top_indices(eligible, n_keep) & (eligible > -math.inf)).view_as(layer.mask)
         if nnz == n_keep:
             score = torch.full_like(drop_score, -math.inf)
         elif self.grow is None:
@@ -100,7 +111,10 @@ class DropGrow:
                 score.masked_fill_(~layer.support, -math.inf)
             if self.exclude_dropped:
                 score.masked_fill_(layer.mask & ~keep, -math.inf)
-        return self.structure.topk(torch.where(keep, drop_score, score), nnz, keep)
+        try:
+            return self.structure.topk(torch.where(keep, drop_score, score), nnz, keep)
+        except SparsityError as error:
+            raise SparsityError(f"`{layer.name}` at step {layer.step}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,12 @@ def gmp(
     """
     updates = UpdateSchedule(every, stop, start, constant(0.0))
     last = start + (stop - 1 - start) // every * every
-    weight = inverse_power(1.0, stop=last, start=start) if last > start else constant(0.0)
+    if last == 0:
+        raise SparsityError(
+            f"`gmp` needs an update step after step 0 to prune by magnitude; with start=0, every={every} and "
+            f"stop={stop} there is none. Choose a later stop, or update more often."
+        )
+    weight = inverse_power(1.0, stop=last, start=min(start, last - 1))
     return DropGrow(
         updates=updates,
         density=ramp(weight, initial_density),

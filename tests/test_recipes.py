@@ -1,0 +1,289 @@
+"""Recipes end to end: what a run leaves behind, exact resume, sweeps, and the data readers."""
+
+import gzip
+import json
+import signal
+import struct
+
+import pytest
+import torch
+
+from sparselearn import SparsityError
+from sparselearn.config import load
+from sparselearn.recipes import data, models
+from sparselearn.recipes import train as training
+from sparselearn.recipes.data import Batches, Chunks, read_idx
+from sparselearn.recipes.sweep import sweep
+from sparselearn.recipes.train import Classifier, train
+
+STEPS = "max_steps=50"
+METHODS = {
+    "dense": ["variant=dense"],
+    "static": ["variant=static"],
+    "set": ["variant=set", "method.every=5"],
+    "rigl": ["method.every=5"],
+    "gmp": ["variant=gmp", "method.every=5", "method.start=5"],
+    "rigl-accumulate": ["method.every=5", "accumulate=2"],
+}
+
+
+def run(out, *changes, resume=False):
+    return train(load("digits", [STEPS, *changes]), out, resume=resume, progress=False)
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=False)["model"]
+
+
+def interrupt_at(monkeypatch, batch):
+    """A Ctrl-C during this micro-batch of the next run."""
+    seen, original = [], Classifier.training_step
+
+    def step(self, *args):
+        seen.append(0)
+        if len(seen) == batch:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(Classifier, "training_step", step)
+
+
+# ---- one run -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_behind(tmp_path):
+    result = run(tmp_path, "method.every=10", "eval_every=25")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.yaml", "versions.json", "metrics.csv", "last.ckpt", "model.pt", "result.json"
+    }  # fmt: skip
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert (result["nnz"], result["parameters"], result["steps"]) == (2852, 26122, 50)
+    assert result["sparsity"] == 1 - (2852 - 266) / (26122 - 266)
+    # Updates at steps 10, 20 and 30 (stop = 37) need the dense gradient: 2 * d + 1 instead of 3 * d.
+    d = (2852 - 266) / (26122 - 266)  # every operation of an MLP is a weight's
+    assert result["training_flops"] == pytest.approx((47 * 3 * d + 3 * (2 * d + 1)) / 150)
+    names = {line.split(",")[1] for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]}
+    assert names >= {"train_loss", "test_accuracy"}
+    assert any(name.startswith("sparsity/") for name in names)
+    sparse = sum(int((w != 0).sum()) for name, w in weights(tmp_path).items() if name.endswith("weight"))
+    assert sparse <= 2852 - 266  # 266 biases
+
+
+@pytest.mark.parametrize("eval_every", [0, 20, 25, 100])
+def test_the_accuracy_reported_is_the_saved_models(tmp_path, eval_every):
+    result = run(tmp_path, "variant=static", f"eval_every={eval_every}")
+    split, network = data.digits(), models.mlp([64, 128, 128, 10])
+    network.load_state_dict(weights(tmp_path))
+    truth = (network(split.test_x).argmax(1) == split.test_y).float().mean().item()
+    assert result["test_accuracy"] == pytest.approx(truth, abs=1e-6)
+
+
+def test_equal_seeds_give_equal_runs(tmp_path):
+    first, second, _ = (
+        run(tmp_path / n, "method.every=5", s) for n, s in [("a", "seed=1"), ("b", "seed=1"), ("c", "seed=2")]
+    )
+    assert first["test_accuracy"] == second["test_accuracy"]
+    a, b, c = (weights(tmp_path / n) for n in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+# ---- interrupted runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eval_every", [0, 10])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interrupted_run_goes_on_exactly(name, eval_every, tmp_path, monkeypatch):
+    changes = [*METHODS[name], f"eval_every={eval_every}"]
+    whole = run(tmp_path / "whole", *changes)
+    for batch in (5, 6, 11) if name == "rigl" else (11,):  # before, at and after updates
+        folder = tmp_path / f"at{batch}"
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, batch)
+            stopped = run(folder, *changes)
+        assert stopped == {"interrupted": True, "step": -(-batch // (2 if "accumulate" in name else 1))}
+        assert not (folder / "result.json").exists()
+        resumed = run(folder, *changes, resume=True)
+        a, b = weights(tmp_path / "whole"), weights(folder)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+
+
+def test_a_finished_run_may_be_resumed(tmp_path):
+    whole = run(tmp_path, "variant=static")
+    (tmp_path / "result.json").unlink()  # killed between the last checkpoint and the result
+    assert {**run(tmp_path, "variant=static", resume=True), "seconds": 0} == {**whole, "seconds": 0}
+
+
+def test_another_configuration_is_not_resumed(tmp_path):
+    run(tmp_path, "variant=static")
+    with pytest.raises(SparsityError, match="holds a run with another configuration"):
+        run(tmp_path, "variant=static", "seed=5", resume=True)
+
+
+# ---- sweeps --------------------------------------------------------------------------------------------------
+
+
+def counting(monkeypatch):
+    """The folders that are trained from now on."""
+    from sparselearn.recipes import sweep as sweeping
+
+    trained = []
+
+    def record(config, folder, **options):
+        trained.append(folder.name)
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(sweeping, "train", record)
+    return trained
+
+
+def test_a_sweep_never_repeats_a_finished_run(tmp_path, monkeypatch):
+    grid = {"variant": ["dense", "static"], "seed": ["0", "1"], "max_steps": ["50"]}
+    trained = counting(monkeypatch)
+    sweep("digits", grid, tmp_path, progress=False)
+    assert len(trained) == 4
+    lost = tmp_path / "variant=static,seed=1,max_steps=50"
+    (lost / "result.json").unlink()
+    trained.clear()
+    rows = sweep("digits", grid, tmp_path, progress=False)
+    assert trained == [lost.name]
+    assert len(rows) == 4
+    assert {"results.csv", "results.md", "results.png"} <= {p.name for p in tmp_path.iterdir()}
+    table = (tmp_path / "results.md").read_text().splitlines()
+    assert table[0] == (
+        "| variant | n | test accuracy | sparsity | nonzero parameters | training FLOPs / dense | seconds |"
+    )
+    assert table[2].startswith("| dense | 2 | ")
+    assert "| 0.000 % | 26,122 | 1.000 |" in table[2]
+    assert table[3].startswith("| static | 2 | ")
+    assert "| 89.998 % | 2,852 | 0.100 |" in table[3]
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
+    grid = {"variant": ["dense", "static"], "max_steps": ["50"]}
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 70)  # within the second run
+        with pytest.raises(KeyboardInterrupt):
+            sweep("digits", grid, tmp_path, progress=False)
+    trained = counting(monkeypatch)
+    assert len(sweep("digits", grid, tmp_path, progress=False)) == 2
+    assert trained == ["variant=static,max_steps=50"]
+
+
+def test_a_wrong_cell_stops_a_sweep_before_it_trains(tmp_path, monkeypatch):
+    trained = counting(monkeypatch)
+    with pytest.raises(SparsityError, match="has no variant `rgl`"):
+        sweep("digits", {"variant": ["dense", "rgl"]}, tmp_path, progress=False)
+    sweep("digits", {"variant": ["static"], STEPS.split("=")[0]: ["50"]}, tmp_path, progress=False)
+    trained.clear()
+    folder = tmp_path / "variant=static,max_steps=50"
+    (folder / "config.yaml").write_text("name: other\n")
+    with pytest.raises(SparsityError, match="another configuration"):
+        sweep("digits", {"variant": ["dense", "static"], "max_steps": ["50"]}, tmp_path, progress=False)
+    assert trained == []
+
+
+def test_n_counts_seeds_and_not_repetitions(tmp_path):
+    """Dense asked for at two sparsities is the same run twice, not two seeds."""
+    grid = {"variant": ["dense", "static"], "sparsity": ["0.8", "0.9"], "max_steps": ["50"]}
+    sweep("digits", grid, tmp_path, progress=False)
+    rows = [line.split(" | ")[:3] for line in (tmp_path / "results.md").read_text().splitlines()[2:6]]
+    assert rows == [[f"| {v}", s, "1"] for v in ("dense", "static") for s in ("0.8", "0.9")]
+
+
+# ---- data and models -----------------------------------------------------------------------------------------
+
+
+def idx(shape, body):
+    return b"\0\0\x08" + bytes([len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + body
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_are_read(tmp_path, packed):
+    path = tmp_path / ("x.gz" if packed else "x")
+    content = idx((2, 3), bytes(range(6)))
+    path.write_bytes(gzip.compress(content) if packed else content)
+    read = read_idx(path)
+    assert read.dtype == torch.uint8
+    assert read.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("x", b"", "is not an IDX file of unsigned bytes"),
+        ("x", b"\0\0\x0d\x01\0\0\0\x01aaaa", "is not an IDX file of unsigned bytes"),  # floats
+        ("x", b"\0\0\x08\x03\0\0", "is not an IDX file of unsigned bytes"),  # cut within the header
+        ("x", idx((5,), b"ab"), r"says \(5,\) but holds 2 bytes"),
+        ("x.gz", b"junk", "cannot be unpacked"),
+        ("x.gz", gzip.compress(idx((5,), b"abcde"))[:-9], "cannot be unpacked"),
+    ],
+)
+def test_damaged_idx_files_are_refused(tmp_path, name, content, text):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SparsityError, match=text):
+        read_idx(tmp_path / name)
+
+
+def test_fashion_mnist_is_found_in_torchvisions_layout(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 6), ("t10k", 2)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx((n, 28, 28), bytes(i % 256 for i in range(n * 784))))
+        (raw / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx((n,), bytes(range(n)))))
+    split = data.fashion_mnist(str(tmp_path))
+    assert split.train_x.shape == (6, 1, 28, 28)
+    assert split.test_y.tolist() == [0, 1]
+    assert split.train_x.mean().item() == pytest.approx(0, abs=1e-5)
+    assert split.train_x.std().item() == pytest.approx(1)
+
+
+def test_digits_are_split_the_same_way_each_time():
+    split = data.digits()
+    assert (split.train_x.shape, split.test_x.shape) == ((1437, 64), (360, 64))
+    assert torch.equal(split.test_x, data.digits().test_x)
+    assert split.test_y.bincount().min() >= 34  # stratified
+    assert data.digits(flat=False).train_x.shape == (1437, 1, 8, 8)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    x = torch.arange(10)
+    whole = [b.tolist() for b, _ in Batches(x, x, 3, 8, seed=1)]
+    assert len(whole) == 8
+    assert all(len({v for batch in whole[i : i + 3] for v in batch}) == 9 for i in (0, 3))
+    late = Batches(x, x, 3, 8, seed=1)
+    late.load_state_dict({"position": 5})
+    assert [b.tolist() for b, _ in late] == whole[5:]
+    assert [b.tolist() for b, _ in Batches(x, x, 3, 8, seed=2)] != whole
+    ranks = [[b.tolist() for b, _ in Batches(x, x, 3, 8, 1, rank, 2)] for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(b) for b in whole]
+
+
+def test_chunks_hold_every_example_once():
+    x = torch.arange(7)
+    chunks = Chunks(x, x, 3)
+    assert len(chunks) == 3
+    assert torch.cat([c for c, _ in chunks]).equal(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "parameters"),
+    [
+        (models.mlp, (2, 64), 85_002),
+        (models.lenet5, (2, 1, 28, 28), 431_080),
+        (models.resnet, (2, 1, 28, 28), 272_186),
+    ],
+)
+def test_networks(network, shape, parameters):
+    model = network()
+    assert model(torch.randn(shape)).shape == (2, 10)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
+
+
+def test_a_half_written_result_is_never_seen(tmp_path, monkeypatch):
+    training.write(tmp_path / "result.json", "old")
+    monkeypatch.setattr(training.Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        training.write(tmp_path / "result.json", "new")
+    assert (tmp_path / "result.json").read_text() == "old"
