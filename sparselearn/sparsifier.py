@@ -237,10 +237,10 @@ class Sparsifier:
         layers = self._layers_of(optimizer)
         if not layers:
             return
-        self._check_resumed()
         if not self._compared and distributed.active():  # different clocks would wait for each other for ever
             distributed.check_equal([pack(distributed.full(s.mask)) for s in self.state.layers.values()], self.step)
         self._compared = True
+        self._check_resumed()
         first = next(iter(layers.values()))[1]
         due = self.method.due(first.step) or first.deferred
         opened = self._open.setdefault(id(optimizer), _OpenStep(due))
