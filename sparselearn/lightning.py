@@ -72,8 +72,8 @@ class SparsityCallback(pl.Callback):
         self._averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if self._module is pl_module and self.sparsifier is not None and self._saved is None:
             return  # fit goes on with the same model
-        self._module = pl_module
         self.sparsifier = Sparsifier(pl_module, self._method, **self._options, state_dict=self._saved)
+        self._module = pl_module
         self.sparsifier.on_update(self._mask_averages)
         for callback in self._averages:  # copied from the module when it was dense; validation uses it at once
             average = callback._average_model
@@ -122,15 +122,23 @@ class SparsityCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close_skipped(trainer)
+        self._remove_hooks()
+        self._saved = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove_hooks()
         self._averages = []
+        if self._saved is not None:  # a validation or test loaded a checkpoint
+            if self._module is pl_module:
+                self._bound().load_state_dict(self._saved)
+            self._saved = None
 
     def detach(self) -> None:
         """Forget the model; the next `fit` starts anew. The model stays as sparse as it is."""
         self._remove_hooks()
         self.sparsifier, self._module, self._saved, self._averages = None, None, None, []
+        for name in ("log", "log_dict"):  # methods of the model, which the trainer puts on every callback
+            self.__dict__.pop(name, None)
 
     def _bound(self) -> Sparsifier:
         if self.sparsifier is None:

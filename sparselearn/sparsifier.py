@@ -102,7 +102,7 @@ class Sparsifier:
             for pattern, value in reversed(list((overrides or {}).items()))
             for name in match_all("overrides", [pattern], self._weights)[pattern]
         }
-        self._open: dict[int, _OpenStep] = {}
+        self._open: dict[int, _OpenStep] = {}  # by id(optimizer.state), which an optimizer shares with its wrappers
         self._listeners: list[Callable[[], None]] = []
         self._expected: dict[str, int] = {}  # nonzero weights at the save, until checked after a resume
         self._compared = False  # whether ranks have been seen to start from equal masks and clocks
@@ -214,7 +214,7 @@ class Sparsifier:
 
     def in_step(self, optimizer: Optimizer) -> bool:
         """Whether `before_step` has come and `after_step` has not."""
-        return id(optimizer) in self._open
+        return id(optimizer.state) in self._open
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raises where this optimizer trains none of the sparse weights, or is of a kind that cannot be masked."""
@@ -243,7 +243,7 @@ class Sparsifier:
         self._check_resumed()
         first = next(iter(layers.values()))[1]
         due = self.method.due(first.step) or first.deferred
-        opened = self._open.setdefault(id(optimizer), _OpenStep(due))
+        opened = self._open.setdefault(id(optimizer.state), _OpenStep(due))
         grads = {n: w.parameter.grad for n, (w, _) in layers.items() if w.parameter.grad is not None}
         if due and self._is_new(grads, layers, opened):
             opened.grads = self._dense_gradients(grads, layers)
@@ -256,11 +256,11 @@ class Sparsifier:
             for name, grad in grads.items():
                 distributed.local(grad).masked_fill_(distributed.local(layers[name][1].inactive), 0)
         if self.density_scaling and opened.groups is None:
-            opened.groups = optimizer.param_groups
+            opened.groups = list(optimizer.param_groups)
             multipliers = {
                 w.parameter: scaling.rate_multiplier(layer.nnz / layer.mask.numel()) for w, layer in layers.values()
             }
-            optimizer.param_groups = scaling.scaled_groups(optimizer, multipliers)
+            optimizer.param_groups[:] = scaling.scaled_groups(optimizer, multipliers)
 
     def _is_new(
         self, grads: dict[str, Tensor], layers: dict[str, tuple[Weight, LayerState]], opened: _OpenStep
@@ -292,12 +292,12 @@ class Sparsifier:
         layers = self._layers_of(optimizer)
         if not layers:
             return
-        opened = self._open.pop(id(optimizer), None)
+        opened = self._open.pop(id(optimizer.state), None)
         if opened is None:
             raise SparsityError("`after_step` came without `before_step`. Call before_step between backward and step.")
         if opened.groups is not None:
             scaling.merge_groups(opened.groups, optimizer.param_groups)
-            optimizer.param_groups = opened.groups
+            optimizer.param_groups[:] = opened.groups
         if not stepped:
             return
         for weight, layer in layers.values():

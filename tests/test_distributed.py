@@ -109,6 +109,7 @@ def steps(model, optimizer, batches, clip=None):
             optimizer.before_step()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+        optimizer.zero_grad()  # not the model's: its parameters may be FSDP's gathered ones
 
 
 def snapshot(model, sparsifier):
@@ -279,11 +280,12 @@ def fsdp_checkpoint(rank):
     weights, state = get_state_dict(model, optimizer.base, options=options)
     saved = copy.deepcopy({"model": weights, "optimizer": state, "sparsifier": sparsifier.state_dict()})
     steps(model, optimizer, [part(b, rank) for b in data(4, seed=6)])
-    # a new sharded run goes on from it
+    # a new sharded run goes on from it (set_state_dict shards in place what it is given)
     again, sparsifier, optimizer = build(FSDP_METHODS["tracker"], sharded(network()))
     set_state_dict(
-        again, optimizer.base, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
-    )
+        again, optimizer.base, model_state_dict=copy.deepcopy(saved["model"]), options=options,
+        optim_state_dict=copy.deepcopy(saved["optimizer"]),
+    )  # fmt: skip
     sparsifier.load_state_dict(saved["sparsifier"])
     steps(again, optimizer, [part(b, rank) for b in data(4, seed=6)])
     sparsifier.summary()
@@ -370,7 +372,7 @@ def worker(rank, port, folder):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(RANKS),
     }  # fmt: skip
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=100))
     out = {}
     for name, scenario in SCENARIOS.items():
         try:
