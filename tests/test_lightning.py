@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 
 from sparselearn import SparseOptimizer, Sparsifier, SparsityError, rigl, set_, static
@@ -485,11 +486,23 @@ AVERAGES = {
 }
 
 
+class LateRestore(SingleDeviceStrategy):
+    """Restores after `on_fit_start`, as strategies that shard the model do."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+
+    @property
+    def restore_checkpoint_after_setup(self):
+        return True
+
+
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*", "ignore:The dirpath has changed.*")
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize(("kind", "method"), [("adamw", METHOD), ("sgd", WITH_STEP)], ids=["adamw", "sgd-with-step"])
 @pytest.mark.parametrize("scaling", [False, True])
-def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path, kind, method, scaling, average):
+@pytest.mark.parametrize("strategy", ["auto", LateRestore])
+def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path, kind, method, scaling, average, strategy):
     """Saved before, on and after an update; epochs of 3 steps, so that some saves are within an epoch."""
 
     class ByStep(Net):
@@ -502,6 +515,7 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path, kind, method, scali
         callback = fit(
             module, method, data=[0] * 3, max_epochs=-1, max_steps=14, sparse={"density_scaling": scaling},
             others=[*AVERAGES[average](), saver], enable_checkpointing=True, ckpt_path=ckpt_path,
+            strategy=strategy if isinstance(strategy, str) else strategy(),
         )  # fmt: skip
         return module, callback
 
