@@ -1,6 +1,7 @@
 """One training run of a recipe, with everything that it needs to be repeated, resumed and compared."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,7 +29,7 @@ from sparselearn.config import Config
 from sparselearn.errors import SparsityError
 from sparselearn.flops import TrainingFlops, layer_flops, model_flops
 from sparselearn.lightning import SparsityCallback
-from sparselearn.recipes.data import Batches, Chunks, Split
+from sparselearn.recipes.data import Data
 
 LAST = "last.ckpt"
 
@@ -61,34 +62,53 @@ class CsvMetrics(Logger):
 
 
 class Classifier(pl.LightningModule):
-    """A network, cross-entropy, and a rate that warms up and then falls by a cosine to zero."""
+    """A network trained with cross-entropy, with the recipe's optimizer and learning-rate schedule.
+
+    Language modelling is the same task at every position: logits [batch, positions, classes] for labels [batch,
+    positions]; `test_loss` is then in nats per token, `test_accuracy` that of the next token.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.network: nn.Module = configs.build("model", config.model)
         self.config = config
+        self._schedule = configs.bound("schedule", config.schedule)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)  # type: ignore[no-any-return]
 
+    def _loss(self, logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=label_smoothing)
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        # Dropout depends on (seed, micro-batch, rank) alone, so that a resumed run draws as the whole one would have.
+        torch.manual_seed((self.config.seed * 1_000_003 + index) * self.config.devices + self.global_rank)
+
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1], label_smoothing=self.config.label_smoothing)
+        loss = self._loss(self(batch[0]), batch[1], self.config.label_smoothing)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self.log("test_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
+        logits = self(batch[0])
+        self.log("test_loss", self._loss(logits, batch[1]), sync_dist=True)
+        self.log("test_accuracy", (logits.argmax(-1) == batch[1]).float().mean(), prog_bar=True, sync_dist=True)
 
     def rate(self, step: int) -> float:
         """The learning rate's factor at an optimizer step."""
-        warmup, steps = int(self.config.warmup), self.config.max_steps
+        warmup = int(self.config.warmup)
         if step < warmup:
             return (step + 1) / warmup
-        tau = (step - warmup) / max(steps - warmup, 1)
-        return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * tau, dtype=torch.float64)).item())
+        return float(self._schedule(step, self.config.max_steps, warmup))
 
     def configure_optimizers(self) -> Any:
-        optimizer = configs.build("optimizer", self.config.optimizer, self.parameters())
+        parameters: list[dict[str, Any]] = [{"params": list(self.parameters())}]
+        if not self.config.decay_vectors:
+            parameters = [
+                {"params": [p for p in self.parameters() if p.ndim > 1]},
+                {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        optimizer = configs.build("optimizer", self.config.optimizer, parameters)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -203,24 +223,24 @@ def train(config: Config, out: str | Path, *, resume: bool = False, progress: bo
 
 
 def _train(config: Config, folder: Path, resume: bool, progress: bool) -> dict[str, Any]:
-    _claim(folder, config, resume)
+    rank, world = int(os.environ.get("LOCAL_RANK", "0")), config.devices
+    if rank == 0:  # the others are started by the first one's trainer, in the same folder
+        _claim(folder, config, resume)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tensors in memory need none
     pl.seed_everything(config.seed, verbose=False)
-    device = torch.device("cuda" if torch.cuda.is_available() and config.accelerator in ("auto", "gpu") else "cpu")
-    split: Split = configs.build("data", config.data).to(device)
-    rank, world = int(os.environ.get("LOCAL_RANK", "0")), config.devices
+    device = torch.device("cuda", rank) if _on_gpu(config) else torch.device("cpu")
+    data: Data = configs.build("data", config.data).to(device)
     micro = config.max_steps * config.accumulate
     if config.batch_size % (config.accumulate * world):
         raise SparsityError(
             f"`batch_size` {config.batch_size} must be a multiple of accumulate x devices = "
             f"{config.accumulate * world}."
         )
-    loader = Batches(
-        split.train_x, split.train_y, config.batch_size // config.accumulate, micro, config.seed, rank, world
-    )
+    loader = data.batches(config.batch_size // config.accumulate, micro, config.seed, rank, world)
     pl.seed_everything(config.seed, verbose=False)
     module = Classifier(config)
-    probe = split.test_x[:2].cpu()
+    probe = data.example()
+    _check_outputs(module.network, probe, data.classes)
     flops = TrainingFlops(layer_flops(module.network, probe), model_flops(module.network, probe))
     sparsity = _sparsity_callback(config)
     books = _Bookkeeping(folder, sparsity, flops)
@@ -229,7 +249,27 @@ def _train(config: Config, folder: Path, resume: bool, progress: bool) -> dict[s
         callbacks.insert(0, sparsity)
     if progress:
         callbacks.append(RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=100))
-    trainer = pl.Trainer(
+    trainer = _trainer(config, folder, callbacks, micro, progress)
+    previous = _on_interrupt(books)
+    try:
+        trainer.fit(module, loader, data.chunks(rank, world), ckpt_path=str(folder / LAST) if resume else None)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
+    if books.interrupted:
+        return {"interrupted": True, "step": trainer.global_step}
+    trainer.limit_val_batches = 1.0
+    trainer.validate(module, data.chunks(rank, world), verbose=False)
+    return _finish(folder, config, trainer, module, sparsity, books)
+
+
+def _on_gpu(config: Config) -> bool:
+    return torch.cuda.is_available() and config.accelerator in ("auto", "gpu")
+
+
+def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], micro: int, progress: bool) -> pl.Trainer:
+    """Lightning's trainer for `micro` micro-batches; the whole run is one of its epochs."""
+    return pl.Trainer(
         max_steps=config.max_steps,
         max_epochs=1,
         accumulate_grad_batches=config.accumulate,
@@ -238,7 +278,8 @@ def _train(config: Config, folder: Path, resume: bool, progress: bool) -> dict[s
         gradient_clip_val=config.gradient_clip_val,
         precision=config.precision,  # type: ignore[arg-type]
         devices=config.devices,
-        accelerator=config.accelerator if device.type == "cuda" else "cpu",
+        accelerator=config.accelerator if _on_gpu(config) else "cpu",
+        use_distributed_sampler=False,  # the loaders give each rank its part
         callbacks=callbacks,
         logger=CsvMetrics(folder),
         log_every_n_steps=min(50, micro),  # Lightning warns where a run is shorter than this
@@ -247,19 +288,19 @@ def _train(config: Config, folder: Path, resume: bool, progress: bool) -> dict[s
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    previous = _on_interrupt(books)
-    try:
-        trainer.fit(
-            module, loader, Chunks(split.test_x, split.test_y), ckpt_path=str(folder / LAST) if resume else None
+
+
+def _check_outputs(network: nn.Module, example: Tensor, classes: int) -> None:
+    """On a GPU a label without an output is an assertion within a kernel."""
+    training = network.training
+    with torch.no_grad():
+        outputs = network.eval()(example).shape[-1]
+    network.train(training)
+    if outputs < classes:
+        raise SparsityError(
+            f"The data has {classes} classes, but the network only {outputs} outputs. Set `model.classes=` "
+            f"(`model.num_classes=` for torchvision's networks) to {classes}."
         )
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
-    if books.interrupted:
-        return {"interrupted": True, "step": trainer.global_step}
-    trainer.limit_val_batches = 1.0
-    trainer.validate(module, Chunks(split.test_x, split.test_y), verbose=False)
-    return _finish(folder, config, trainer, module, sparsity, books)
 
 
 def _claim(folder: Path, config: Config, resume: bool) -> None:
@@ -300,8 +341,10 @@ def _finish(
 ) -> dict[str, Any]:  # fmt: skip
     sparsifier = sparsity.sparsifier if sparsity is not None else None
     weights = {"model": module.network.state_dict(), "sparsifier": sparsifier.state_dict() if sparsifier else None}
-    torch.save(weights, folder / "model.pt.tmp")
-    (folder / "model.pt.tmp").replace(folder / "model.pt")
+    if trainer.is_global_zero:
+        torch.save(weights, folder / "model.pt.tmp")
+        (folder / "model.pt.tmp").replace(folder / "model.pt")
+    test_loss = float(trainer.callback_metrics["test_loss"])
     size = sum(p.numel() for p in module.network.parameters())
     selected = sum(m.numel() for m in sparsifier.masks.values()) if sparsifier else 0
     result = {
@@ -310,6 +353,7 @@ def _finish(
         "seed": config.seed,
         "steps": trainer.global_step,
         "test_accuracy": round(float(trainer.callback_metrics["test_accuracy"]), 6),
+        "test_loss": round(test_loss, 6) if math.isfinite(test_loss) else None,  # JSON has no other word for it
         "sparsity": sparsifier.sparsity if sparsifier else 0.0,
         "nnz": sparsifier.nnz + size - selected if sparsifier else size,
         "parameters": size,
@@ -320,5 +364,6 @@ def _finish(
         "density_scaling": config.density_scaling,
         **versions(),
     }
-    write(folder / "result.json", json.dumps(result, indent=1))
+    if trainer.is_global_zero:
+        write(folder / "result.json", json.dumps(result, indent=1))
     return result

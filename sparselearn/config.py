@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparselearn.errors import SparsityError, closest
 
 TIMES = ("every", "start", "stop", "warmup")
-CALLABLES = ("data", "model", "method", "distribution", "optimizer")
+CALLABLES = ("data", "model", "method", "distribution", "optimizer", "schedule")
 
 
 @dataclass
@@ -38,7 +38,10 @@ class Config:
     max_steps: int = MISSING  # optimizer steps
     batch_size: int = 128  # over all devices and micro-batches
     accumulate: int = 1  # micro-batches in an optimizer step
-    warmup: Any = 0  # steps of linear warm-up, then cosine to 0
+    extend: float = 1.0  # lengthens the run: max_steps, and with it all times that are fractions of it
+    warmup: Any = 0  # steps of linear warm-up, then `schedule`
+    schedule: dict[str, Any] = field(default_factory=lambda: {"fn": "sparselearn.recipes.rates.cosine"})
+    decay_vectors: bool = True  # false: no weight decay for norms, biases and other one-dimensional parameters
     label_smoothing: float = 0.0
     gradient_clip_val: float | None = None
     precision: str = "32-true"
@@ -122,11 +125,15 @@ def _check_numbers(config: Config) -> None:
     for key, least in {"max_steps": 1, "batch_size": 1, "accumulate": 1, "devices": 1, "eval_every": 0}.items():
         if (value := getattr(config, key)) < least:
             raise SparsityError(f"`{key}` must be at least {least}; got {value}.")
+    if config.max_steps * config.extend < 1:
+        raise SparsityError(f"`extend` must leave at least one of {config.max_steps} steps; got {config.extend:g}.")
     if not 0 <= config.sparsity < 1:
         raise SparsityError(f"`sparsity` is the fraction of zeros and must lie in [0, 1); got {config.sparsity:g}.")
 
 
 def _resolve_times(config: Config) -> None:
+    config.max_steps, config.extend = round(config.max_steps * config.extend), 1.0  # once, though it be loaded again
+
     def steps(where: str, value: object) -> object:
         if not isinstance(value, float):
             return value
@@ -200,7 +207,7 @@ def check(where: str, spec: Mapping[str, Any] | None) -> None:
     if spec is None:
         return
     fn, arguments = _arguments(where, spec)
-    first: dict[str, tuple[Any, ...]] = {"distribution": ({}, 0.5), "optimizer": ([],)}
+    first: dict[str, tuple[Any, ...]] = {"distribution": ({}, 0.5), "optimizer": ([],), "schedule": (0, 1, 0)}
     _bind(where, str(spec["fn"]), fn, first.get(where, ()), arguments)
     if where == "method":
         _call(where, str(spec["fn"]), fn, arguments)

@@ -50,7 +50,13 @@ Criterion = Callable[[Layer], Tensor]
 class Tracker(Protocol):
     """Memory of a criterion: one tensor per layer, checkpointed. A criterion lists its own in `trackers`.
 
-    Trackers that compare equal are shared, so that two criteria that need one count do not count twice.
+    Trackers that compare equal are shared, so that two criteria that need one count do not count twice. The tensor has
+    the weight's shape, or any other; of another shape it is equal on every rank and never sharded.
+
+    Two more methods are called where a tracker has them:
+        on_gradient(layer, value) -> value: on every step with finite gradients; `layer.grad` is dense.
+        observe(module, inputs, output, value) -> value: after each forward pass in training of the module that owns
+            the weight; ranks are averaged before an update.
     """
 
     @property
@@ -119,6 +125,138 @@ def momentum(layer: Layer) -> Tensor:
     )
 
 
+# ---- memory -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class tracker:
+    """A tracker that keeps its value; the ones below change what they need."""
+
+    key: str
+
+    def init(self, layer: Layer) -> Tensor:
+        return layer.mask.clone()
+
+    def after_step(self, layer: Layer, value: Tensor) -> Tensor:
+        return value
+
+    def after_update(self, layer: Layer, value: Tensor) -> Tensor:
+        return value
+
+
+@dataclass(frozen=True)
+class fired(tracker):
+    """Bool: weights that have been active at any time (ITOP, arXiv 2102.02887; its R_s is their fraction)."""
+
+    key: str = "fired"
+
+    def after_update(self, layer: Layer, value: Tensor) -> Tensor:
+        return value | layer.mask
+
+
+@dataclass(frozen=True)
+class grown(tracker):
+    """Bool: weights that the last update grew. The engine sets it."""
+
+    key: str = "grown"
+
+    def init(self, layer: Layer) -> Tensor:
+        return torch.zeros_like(layer.mask)
+
+
+@dataclass(frozen=True)
+class visits(tracker):
+    """int32: in how many mask periods each weight has been active (DST-EE, arXiv 2211.16667)."""
+
+    key: str = "visits"
+
+    def init(self, layer: Layer) -> Tensor:
+        return layer.mask.to(torch.int32)
+
+    def after_update(self, layer: Layer, value: Tensor) -> Tensor:
+        return value + layer.mask
+
+
+@dataclass(frozen=True)
+class gradient_average(tracker):
+    """The running mean of the dense gradient, β·value + (1 - β)·g on every step (not bias-corrected)."""
+
+    key: str = "gradient_average"
+    beta: float = 0.9
+
+    def init(self, layer: Layer) -> Tensor:
+        return torch.zeros_like(layer.weight)
+
+    def on_gradient(self, layer: Layer, value: Tensor) -> Tensor:
+        return value.lerp(layer.dense_grad(), 1 - self.beta)
+
+
+@dataclass(frozen=True)
+class initial_weights(tracker):
+    """The weights as they were when the sparsifier was built (masked)."""
+
+    key: str = "initial_weights"
+
+    def init(self, layer: Layer) -> Tensor:
+        return layer.weight.clone()
+
+
+# ---- scores that remember ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class magnitude_gradient:
+    """|w| + λ·|g|: MEST's importance (arXiv 2110.14032, §3.2); g is the gradient of the update step."""
+
+    weight: float
+
+    def __call__(self, layer: Layer) -> Tensor:
+        return layer.weight.abs() + self.weight * layer.dense_grad().abs() if self.weight else layer.weight.abs()
+
+
+@dataclass(frozen=True)
+class average_gradient:
+    """|running mean of g|: growth by momentum without touching the optimizer's (RigL's repository, SNFS-lite)."""
+
+    beta: float = 0.9
+
+    @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        return (gradient_average(beta=self.beta),)
+
+    def __call__(self, layer: Layer) -> Tensor:
+        return layer.memory["gradient_average"].abs()
+
+
+@dataclass(frozen=True)
+class gradient_exploration:
+    """|g| + c·ln(t)/(N + ε): DST-EE's acquisition score (arXiv 2211.16667), t the step, N the visits of the weight."""
+
+    c: float
+    epsilon: float
+    trackers: tuple[Tracker, ...] = (visits(),)
+
+    def __call__(self, layer: Layer) -> Tensor:
+        score = layer.dense_grad().abs()
+        bonus = self.c * math.log(max(layer.step, 1))
+        return score if bonus == 0 else score + bonus / (layer.memory["visits"] + self.epsilon)
+
+
+@dataclass(frozen=True)
+class random_unfired:
+    """Uniform random numbers, weights that were never active first (ITOP's code, arXiv 2102.02887)."""
+
+    trackers: tuple[Tracker, ...] = (fired(),)
+
+    def __call__(self, layer: Layer) -> Tensor:
+        return layer.rand() + ~layer.memory["fired"]
+
+
+def same(layer: Layer) -> Tensor:
+    """The positions that were just dropped, again: with `DropGrow(reinit=True)` this renews values, not places."""
+    return layer.mask.float()
+
+
 # ---- the values of grown weights ------------------------------------------------------------------------
 
 
@@ -172,22 +310,6 @@ class gradient_sign:
 
     def __call__(self, layer: Layer) -> Tensor:
         return -layer.dense_grad().sign() / self.k
-
-
-@dataclass(frozen=True)
-class initial_weights:
-    """A tracker that remembers the weights as they were when the sparsifier was built (masked)."""
-
-    key: str = "initial_weights"
-
-    def init(self, layer: Layer) -> Tensor:
-        return layer.weight.clone()
-
-    def after_step(self, layer: Layer, value: Tensor) -> Tensor:
-        return value
-
-    def after_update(self, layer: Layer, value: Tensor) -> Tensor:
-        return value
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,34 @@ def local(t: Tensor) -> Tensor:
 
 
 def place_like(t: Tensor, weight: Tensor) -> Tensor:
-    """`t` on the weight's device, in its memory format, sharded as it is. `t` is whole, or placed already."""
+    """A copy of `t` on the weight's device, in its memory format, sharded as it is. `t` is whole, or placed already.
+
+    A tensor of another shape is only moved to the device.
+    """
     t = full(t)
+    if t.shape != weight.shape:
+        return t.detach().to(weight.device, copy=True)
     if isinstance(weight, DTensor):
         t = t.to(weight.device)
         return distribute_tensor(t, weight.device_mesh, weight.placements)
     return torch.empty_like(weight, dtype=t.dtype, requires_grad=False).copy_(t)
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """target ← value in place, where the value is whole."""
+    if isinstance(target, DTensor):
+        target.to_local().copy_(local(place_like(value, target)))
+    else:
+        target.copy_(value)
+
+
+def mean(t: Tensor) -> Tensor:
+    """The mean over ranks."""
+    if active():
+        t = t.clone()
+        dist.all_reduce(t, op=dist.ReduceOp.SUM)
+        t /= dist.get_world_size()
+    return t
 
 
 def refuse_unsupported(model: nn.Module) -> None:

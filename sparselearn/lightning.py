@@ -8,9 +8,10 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparselearn.criteria import Criterion
 from sparselearn.distributions import Distribution, erk
 from sparselearn.errors import SparsityError
-from sparselearn.methods import DropGrow
+from sparselearn.methods import DropGrow, StraightThrough
 from sparselearn.optimizer import SparseOptimizer
 from sparselearn.selection import Select
 from sparselearn.sparsifier import Init, Sparsifier
@@ -36,7 +37,7 @@ class SparsityCallback(pl.Callback):
 
     def __init__(
         self,
-        method: DropGrow,
+        method: DropGrow | StraightThrough,
         *,
         sparsity: float | None = None,
         distribution: Distribution = erk,
@@ -45,6 +46,7 @@ class SparsityCallback(pl.Callback):
         overrides: Mapping[str, float] | None = None,
         seed: int = 0,
         support: float | Mapping[str, Tensor] | None = None,
+        initial: Criterion | None = None,
         init: Init | None = None,
         density_scaling: bool = False,
     ) -> None:
@@ -58,6 +60,7 @@ class SparsityCallback(pl.Callback):
             "overrides": overrides,
             "seed": seed,
             "support": support,
+            "initial": initial,
             "init": init,
             "density_scaling": density_scaling,
         }
@@ -88,6 +91,7 @@ class SparsityCallback(pl.Callback):
             sparsifier.load_state_dict(self._saved)
             self._saved = None
         self._remove_hooks()
+        self._refuse_clipping(trainer)
         trained = False
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, SparseOptimizer):
@@ -106,6 +110,20 @@ class SparsityCallback(pl.Callback):
                 "`exclude`."
             )
         self._log(trainer)
+
+    def _refuse_clipping(self, trainer: pl.Trainer) -> None:
+        if trainer.gradient_clip_val is None:
+            return
+        if self._method.skip_step and trainer.gradient_clip_algorithm == "value":
+            raise SparsityError(
+                "gradient_clip_algorithm='value' fails on a step without gradients, and this method's updates take the "
+                "place of the step. Clip by norm, or pass skip_step=False to the method."
+            )
+        if getattr(self._method, "penalty_after_clip", False):
+            raise SparsityError(
+                "This method adds its penalty after clipping, and the trainer clips after its callbacks. Leave out "
+                "`gradient_clip_val`, or use SparseOptimizer in a loop of your own."
+            )
 
     def _refuse_fused_scaler(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -189,6 +207,13 @@ class SparsityCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.sparsifier is None else self.sparsifier.state_dict()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A straight-through method goes on from its dense weights, so the checkpoint holds those."""
+        if self.sparsifier is not None and self._module is pl_module and "state_dict" in checkpoint:
+            checkpoint["state_dict"] |= self.sparsifier.dense_state(checkpoint["state_dict"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None

@@ -64,7 +64,7 @@ class SparseOptimizer(Optimizer):
 
     def before_step(self) -> None:
         """Mask the gradients now, before clipping. `step` does it itself where this was not called."""
-        self.sparsifier.before_step(self.base)
+        self.sparsifier.before_step(self.base, swap=False)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; at an update step, new masks. Returns the closure's loss."""
@@ -82,6 +82,8 @@ class SparseOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.sparsifier.in_step(self.base):  # GradScaler skipped the step that `before_step` opened
+            self.sparsifier.after_step(self.base, stepped=False)
         self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

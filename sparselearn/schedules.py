@@ -7,7 +7,8 @@ Before `start` each has its first value, from `stop` on its last.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 from sparselearn.errors import SparsityError
 
@@ -21,6 +22,11 @@ def _check_range(name: str, start: int, stop: int) -> None:
             f"`{name}` needs 0 <= start < stop (optimizer steps); got start={start}, stop={stop}. "
             "Choose a later stop or an earlier start."
         )
+
+
+def _check_ascending(name: str, steps: tuple[int, ...]) -> None:
+    if not steps or min(steps) < 0 or list(steps) != sorted(set(steps)):
+        raise SparsityError(f"`{name}` needs steps that ascend, at least one of them, from 0 on; got {steps}.")
 
 
 def _progress(step: int, start: int, stop: int) -> float:
@@ -157,6 +163,71 @@ class square_wave:
 
 
 @dataclass(frozen=True)
+class stages:
+    """A value that changes at given steps: `values[i]` from `steps[i]` on, `values[0]` before.
+
+    >>> [stages((0, 10, 20), (1.5, 1.25, 1.0))(t) for t in (0, 9, 10, 25)]
+    [1.5, 1.5, 1.25, 1.0]
+    """
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _check_ascending("stages", self.steps)
+        if len(self.steps) != len(self.values):
+            raise SparsityError(
+                f"`stages` needs a value for each of its {len(self.steps)} steps; got {len(self.values)}."
+            )
+
+    def __call__(self, step: int) -> float:
+        return self.values[max(sum(t <= step for t in self.steps) - 1, 0)]
+
+
+@dataclass(frozen=True)
+class alternating:
+    """A density that switches between 1 and the final density: dense, then sparse from the first of `steps` on, dense
+    again from the second, ... (AC/DC, arXiv 2106.12379).
+
+    >>> [alternating((2, 4, 6))(t, 0.1) for t in range(8)]
+    [1.0, 1.0, 0.1, 0.1, 1.0, 1.0, 0.1, 0.1]
+    """
+
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_ascending("alternating", self.steps)
+
+    def __call__(self, step: int, final: float) -> float:
+        return final if sum(t <= step for t in self.steps) % 2 else 1.0
+
+
+@dataclass(frozen=True)
+class harmonic_like:
+    """A density that falls by gradual pruning's cubic, with K regrowth waves that fade out.
+
+    s(τ) = clip(s_f·(1 - (1 - τ)³) - A·(1 - τ)·s_f·(1 - cos(2πKτ))/2, 0, s_f), s_f = 1 - final density. The formula of
+    harmonic annealing (arXiv 2503.15172) was not available; this is our choice, and no fidelity is claimed.
+
+    >>> [round(harmonic_like(stop=8)(t, 0.1), 4) for t in (0, 4, 8)]
+    [1.0, 0.2125, 0.1]
+    """
+
+    stop: int
+    start: int = 0
+    amplitude: float = 0.1
+    waves: int = 4
+
+    def __post_init__(self) -> None:
+        _check_range("harmonic_like", self.start, self.stop)
+
+    def __call__(self, step: int, final: float) -> float:
+        tau, sparsity = _progress(step, self.start, self.stop), 1 - final
+        wave = self.amplitude * (1 - tau) * sparsity * (1 - math.cos(2 * math.pi * self.waves * tau)) / 2
+        return 1 - min(max(sparsity * (1 - (1 - tau) ** 3) - wave, 0.0), sparsity)
+
+
+@dataclass(frozen=True)
 class ramp:
     """A density that moves from `initial` to the final density as `weight` goes from 1 to 0.
 
@@ -218,3 +289,55 @@ class UpdateSchedule:
         if not 0 <= fraction <= 1:
             raise SparsityError(f"`drop_fraction` must lie in [0, 1]; got {fraction} at step {step}.")
         return fraction
+
+
+@dataclass(frozen=True)
+class UpdateSteps:
+    """Masks change on these optimizer steps; `drop_fraction` as in `UpdateSchedule`, but without an annealing.
+
+    >>> [t for t in range(10) if UpdateSteps((2, 7)).due(t)]
+    [2, 7]
+    """
+
+    steps: tuple[int, ...]
+    drop_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_ascending("UpdateSteps", self.steps)
+
+    def due(self, step: int) -> bool:
+        """Whether masks change on this step."""
+        return step in self.steps
+
+    def fraction(self, step: int) -> float:
+        """The fraction of active weights dropped on this step."""
+        return self.drop_fraction
+
+
+TIMES = ("start", "stop", "steps", "high_steps", "low_steps")
+
+
+def scale_schedule(method: Any, k: int) -> Any:
+    """The method (or schedule) for a run k times as long: all its times are multiplied, but not `every`.
+
+    As in RigL's extended runs (arXiv 1911.11134, §4.1), where T_end grows with the run and ΔT does not, and for the
+    phases of AC/DC (arXiv 2106.12379) as "Rethinking Sparse Optimization" (TMLR 2024) asks. Multiply the warm-up and
+    the learning rate's schedule of the run by k, too.
+
+    >>> scale_schedule(UpdateSteps((2, 7)), 3)
+    UpdateSteps(steps=(6, 21), drop_fraction=0.0)
+    """
+    if not is_dataclass(method) or isinstance(method, type):
+        return method
+    changed: dict[str, Any] = {}
+    for item in fields(method):
+        value = getattr(method, item.name)
+        if item.name not in TIMES:
+            scaled = scale_schedule(value, k)
+        elif isinstance(value, tuple):
+            scaled = tuple(t * k for t in value)
+        else:
+            scaled = value if value is None else value * k
+        if scaled is not value:
+            changed[item.name] = scaled
+    return replace(method, **changed) if changed else method

@@ -48,6 +48,7 @@ class LayerState:
     deferred: bool = False  # an update was due on a step with non-finite gradients, and waits
     support: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    dense: Tensor = field(default_factory=lambda: torch.empty(0))  # of straight-through methods; saved with the model
     clean: bool = False  # whether the optimizer state of inactive weights is known to be zero
     inactive: Tensor = field(init=False)
 
@@ -64,6 +65,8 @@ class LayerState:
         if self.support is not None:
             self.support = distributed.place_like(self.support, weight)
         self.memory = {key: distributed.place_like(value, weight) for key, value in self.memory.items()}
+        if self.dense.numel():
+            self.dense = distributed.place_like(self.dense, weight)
 
     def state_dict(self) -> dict[str, Any]:
         def whole(t: Tensor) -> Tensor:

@@ -447,7 +447,7 @@ def test_the_mean_gradient_is_ranked_and_not_the_mean_of_magnitudes(ranks):
 
         def choose(grad, name=name, weight=weight, mask=mask):
             layer = Layer(name, weight, grad, mask, {}, 3, torch.Generator())
-            return METHODS["rigl"].new_masks([layer], [int(mask.sum())])[0]
+            return METHODS["rigl"].new_masks([layer], [int(mask.sum())])[0][0]
 
         ours, theirs = choose(own.mean(0)), choose(own.abs().mean(0))
         assert torch.equal(first["after"]["masks"][name], ours)

@@ -452,7 +452,7 @@ def test_metrics_reach_the_logger(tmp_path):
     assert rows[0]["sparsity/grown"] == ""
     assert {step + 1 for step in updates} <= set(logged)
     assert all(float(r["sparsity/grown"]) >= 0 for r in rows[1:])
-    assert float(rows[1]["sparsity/grown_fraction"]) > 0
+    assert float(rows[1]["sparsity/churn"]) > 0
 
 
 def test_the_sanity_check_sees_the_sparse_model():

@@ -21,12 +21,14 @@ FOLDERS = {"sparselearn": "sparselearn", "sparselearn.kernels": "kernels", "spar
 # "sparselearn" itself, the package's front door, stands on the core and under the edge.
 LAYERS = [
     ["errors"],
-    ["schedules", "structures", "criteria", "distributions", "initialization"],
+    ["schedules", "structures", "criteria", "distributions"],
     ["methods"],
     ["state", "distributed", "selection"],
-    ["scaling", "sparsifier"],
-    ["optimizer"],
-    ["metrics", "flops"],
+    ["scaling", "statistics", "first_masks"],
+    ["latent"],
+    ["sparsifier"],
+    ["optimizer", "wrappers"],
+    ["flops"],
     ["sparselearn"],
     ["kernels"],
     ["modules"],

@@ -25,7 +25,7 @@ def view(weight, mask=None, grad=None, *, step=100, name="fc.weight", seed=0, **
 
 def new_mask(method, layer, nnz=None):
     nnz = int(layer.mask.sum()) if nnz is None else nnz
-    return method.new_masks([layer], [nnz])[0]
+    return method.new_masks([layer], [nnz])[0][0]
 
 
 def active(mask):
@@ -213,11 +213,11 @@ def test_gmp_global_by_hand():
     a = view([0.9, -0.1, 0.5, 0.2], name="a")
     b = view([0.05, 0.3, 0.01, -0.6], name="b")
     method = gmp(stop=ALWAYS, every=1, scope="global")
-    assert [active(m) for m in method.new_masks([a, b], [2, 2])] == [[0, 2], [1, 3]]
-    assert [active(m) for m in method.new_masks([a, b], [3, 0])] == [[0, 2], [3]]
-    assert [active(m) for m in method.new_masks([a, b], [2, 0])] == [[0], [3]]
+    assert [active(m) for m, _ in method.new_masks([a, b], [2, 2])] == [[0, 2], [1, 3]]
+    assert [active(m) for m, _ in method.new_masks([a, b], [3, 0])] == [[0, 2], [3]]
+    assert [active(m) for m, _ in method.new_masks([a, b], [2, 0])] == [[0], [3]]
     small = view([0.05, 0.03, 0.01, -0.06], name="small")  # below all of a, yet it keeps its best weight
-    assert [active(m) for m in method.new_masks([a, small], [2, 1])] == [[0, 2], [3]]
+    assert [active(m) for m, _ in method.new_masks([a, small], [2, 1])] == [[0, 2], [3]]
 
 
 def test_global_ranking_counts_only_active_weights():

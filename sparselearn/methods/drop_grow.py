@@ -6,7 +6,7 @@ A method is a `DropGrow` value. The factories below are papers' methods; a new o
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,32 @@ from sparselearn import criteria
 from sparselearn.criteria import Criterion, Layer, Tracker, check_score
 from sparselearn.errors import SparsityError
 from sparselearn.schedules import DensitySchedule, Schedule, UpdateSchedule, constant, inverse_power, ramp
-from sparselearn.structures import Structure, Unstructured, top_indices
+from sparselearn.structures import ConstantFanIn, Structure, Unstructured, top_indices
 
-Reallocate = Callable[[Sequence[Layer], Sequence[int]], Sequence[int]]
+
+class Budget(NamedTuple):
+    """What an update leaves of one layer: `keep` of its active weights, and `nnz` once it has grown."""
+
+    keep: int
+    nnz: int
+
+
+Reallocate = Callable[[Sequence[Layer], Sequence[int]], Sequence[int | Budget]]
+
+
+class Ablation(Protocol):
+    """Chooses whole neurons (rows of [out, in, ...]) to lose all their weights; see `srigl`."""
+
+    def __call__(self, layer: Layer, keep_score: Tensor, grow_score: Tensor, nnz: int, n_drop: int) -> Tensor:
+        """bool [out], True = active. Scores are -inf where a weight may not be kept, or grown."""
+
+
+class Updates(Protocol):
+    """On which optimizer steps masks change; `UpdateSchedule` and `UpdateSteps` are two."""
+
+    def due(self, step: int) -> bool: ...
+
+    def fraction(self, step: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -34,11 +57,14 @@ class DropGrow:
         updates: on which optimizer steps, and how much. None never changes a mask.
         structure: which masks are allowed.
         density: global density at a step, from (step, final density); None keeps it constant.
-        reallocate: from (layers, budgets) to new budgets of the same total; None keeps each layer's.
+        reallocate: from (layers, budgets) to new budgets of the same total; None keeps each layer's. A `Budget`
+            in place of a number also says how many active weights are kept, in place of the drop fraction.
+        ablation: which neurons are cut off; None cuts off none. The structure must be `ConstantFanIn`.
         grow_init: values of grown weights.
         exclude_dropped: weights dropped now may not be grown in the same update. RigL's code lets them return
             (they then keep value and optimizer state, as weights that never left). A layer with fewer inactive
             weights than it would drop drops as many as it can grow.
+        reinit: weights that are dropped and grown in the same update start anew, too.
         skip_step: an update takes the place of the optimizer step (RigL, Alg. 1): weights, optimizer state and
             its step counts stay as they were, for all parameters of the optimizer.
         optimizer_state: "zero" keeps the state of inactive weights at zero and masks gradients; "keep" gives
@@ -48,14 +74,25 @@ class DropGrow:
 
     drop: Criterion = criteria.magnitude
     grow: Criterion | None = None
-    updates: UpdateSchedule | None = None
+    updates: Updates | None = None
     structure: Structure = field(default_factory=Unstructured)
     density: DensitySchedule | None = None
     reallocate: Reallocate | None = None
+    ablation: Ablation | None = None
     grow_init: Criterion = criteria.zeros
     exclude_dropped: bool = False
+    reinit: bool = False
     skip_step: bool = False
     optimizer_state: Literal["zero", "keep", "reset"] = "zero"
+
+    def __post_init__(self) -> None:
+        if self.reallocate is not None and not isinstance(self.structure, Unstructured):
+            raise SparsityError(
+                f"`reallocate` moves single weights between layers, which {self.structure} does not allow. Leave it "
+                "out, or use `Unstructured()`."
+            )
+        if self.ablation is not None and not isinstance(self.structure, ConstantFanIn):
+            raise SparsityError(f"`ablation` needs the structure `ConstantFanIn`; it is {self.structure}.")
 
     @property
     def trackers(self) -> tuple[Tracker, ...]:
@@ -67,54 +104,82 @@ class DropGrow:
         """Whether masks change on this optimizer step."""
         return self.updates is not None and self.updates.due(step)
 
-    def new_masks(self, layers: Sequence[Layer], nnz: Sequence[int]) -> list[Tensor]:
-        """The masks after an update, exactly nnz[i] active weights each (or what `reallocate` makes of it)."""
-        if self.reallocate is not None:
-            total, nnz = sum(nnz), self.reallocate(layers, nnz)
-            if sum(nnz) != total:
-                raise SparsityError(f"`reallocate` must keep the total of {total} weights; it gave {sum(nnz)}.")
-            for layer, n in zip(layers, nnz, strict=True):
-                if not 0 < n <= layer.mask.numel():
-                    raise SparsityError(
-                        f"`reallocate` gave `{layer.name}` {n} active weights; it must give every layer at least one "
-                        f"and at most its size, here {layer.mask.numel()}."
-                    )
-        masks = [self._new_mask(layer, n) for layer, n in zip(layers, nnz, strict=True)]
-        for mask, n in zip(masks, nnz, strict=True):
-            self.structure.check(mask, n)
+    def new_masks(self, layers: Sequence[Layer], nnz: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """For each layer the mask after an update and the weights that were kept; exactly nnz[i] active weights each
+        (or what `reallocate` and `ablation` make of it)."""
+        budgets = [Budget(-1, n) for n in nnz] if self.reallocate is None else self._reallocated(layers, nnz)
+        masks = [self._new_mask(layer, budget) for layer, budget in zip(layers, budgets, strict=True)]
+        for (mask, _), budget in zip(masks, budgets, strict=True):
+            self.structure.check(mask, budget.nnz if self.ablation is None else int(mask.sum()))
         return masks
 
-    def _new_mask(self, layer: Layer, nnz: int) -> Tensor:
-        active = int(layer.mask.sum())
-        stay = min(active, nnz)
+    def _reallocated(self, layers: Sequence[Layer], nnz: Sequence[int]) -> list[Budget]:
+        """What `reallocate` says, checked; keep = -1 leaves the number to the drop fraction."""
+        assert self.reallocate is not None
+        budgets = [b if isinstance(b, Budget) else Budget(-1, b) for b in self.reallocate(layers, nnz)]
+        if (seen := sum(b.nnz for b in budgets)) != sum(nnz):
+            raise SparsityError(f"`reallocate` must keep the total of {sum(nnz)} weights; it gave {seen}.")
+        for layer, budget in zip(layers, budgets, strict=True):
+            if not 0 < budget.nnz <= layer.mask.numel():
+                raise SparsityError(
+                    f"`reallocate` gave `{layer.name}` {budget.nnz} active weights; it must give every layer at least "
+                    f"one and at most its size, here {layer.mask.numel()}."
+                )
+        return budgets
+
+    def _kept(self, layer: Layer, budget: Budget, active: int) -> int:
+        """How many active weights stay."""
+        if budget.keep >= 0:
+            return min(budget.keep, active, budget.nnz)
+        stay = min(active, budget.nnz)
         fraction = self.updates.fraction(layer.step) if self.updates is not None and self.grow is not None else 0.0
         n_drop = int(fraction * stay)
         if self.exclude_dropped:  # a dense layer has nowhere else to grow
             room = ~layer.mask if layer.support is None else ~layer.mask & layer.support
-            n_drop = min(n_drop, max(int(room.sum()) - (nnz - stay), 0))
-        n_keep = stay - n_drop
-        if n_keep == active == nnz:
-            return layer.mask
-        drop_score = check_score(self.drop(layer), layer, "drop").float()
+            n_drop = min(n_drop, max(int(room.sum()) - (budget.nnz - stay), 0))
+        return stay - n_drop
+
+    def _new_mask(self, layer: Layer, budget: Budget) -> tuple[Tensor, Tensor]:
+        active, nnz = int(layer.mask.sum()), budget.nnz
+        n_keep = self._kept(layer, budget, active)
+        if n_keep == active == nnz and self.ablation is None:
+            return layer.mask, layer.mask
+        drop_score = self.structure.pool(check_score(self.drop(layer), layer, "drop").float())
         eligible = drop_score.masked_fill(~layer.mask, -math.inf).reshape(-1)
+        if nnz == n_keep and self.ablation is None:
+            mask = self._topk(layer, eligible.view_as(drop_score), nnz)
+            return mask, mask
         keep = (top_indices(eligible, n_keep) & (eligible > -math.inf)).view_as(layer.mask)
-        if nnz == n_keep:
-            score = torch.full_like(drop_score, -math.inf)
-        elif self.grow is None:
+        score = self._grow_score(layer, drop_score, keep, nnz, active)
+        if self.ablation is not None:
+            rows = self.ablation(layer, eligible.view_as(drop_score), score, nnz, active - n_keep)
+            silent = ~rows.view(-1, *[1] * (layer.mask.ndim - 1))
+            nnz = nnz // int(rows.sum()) * int(rows.sum())
+            eligible = eligible.view_as(drop_score).masked_fill(silent, -math.inf).view(-1)
+            keep = (top_indices(eligible, n_keep) & (eligible > -math.inf)).view_as(layer.mask)
+            score = score.masked_fill(silent, -math.inf)
+        mask = self._topk(layer, torch.where(keep, drop_score, score), nnz, keep)
+        return mask, keep & mask
+
+    def _topk(self, layer: Layer, score: Tensor, nnz: int, keep: Tensor | None = None) -> Tensor:
+        try:
+            return self.structure.topk(score, nnz, keep)
+        except SparsityError as error:
+            raise SparsityError(f"`{layer.name}` at step {layer.step}: {error}") from error
+
+    def _grow_score(self, layer: Layer, like: Tensor, keep: Tensor, nnz: int, active: int) -> Tensor:
+        """The score of every weight that may be grown, -inf elsewhere."""
+        if self.grow is None:
             raise SparsityError(
                 f"`{layer.name}` has to grow from {active} to {nnz} active weights at step {layer.step}, "
                 "but the method only prunes. Give it a `grow` criterion."
             )
-        else:
-            score = check_score(self.grow(layer), layer, "grow").to(drop_score, copy=True)
-            if layer.support is not None:
-                score.masked_fill_(~layer.support, -math.inf)
-            if self.exclude_dropped:
-                score.masked_fill_(layer.mask & ~keep, -math.inf)
-        try:
-            return self.structure.topk(torch.where(keep, drop_score, score), nnz, keep)
-        except SparsityError as error:
-            raise SparsityError(f"`{layer.name}` at step {layer.step}: {error}") from error
+        score = self.structure.pool(check_score(self.grow(layer), layer, "grow").to(like, copy=True))
+        if layer.support is not None:
+            score.masked_fill_(~layer.support, -math.inf)
+        if self.exclude_dropped:
+            score.masked_fill_(layer.mask & ~keep, -math.inf)
+        return score
 
 
 @dataclass(frozen=True)

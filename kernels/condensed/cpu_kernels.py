@@ -1,0 +1,340 @@
+"""The compiled loops of `cpu.py`: numba functions that any number of threads may run on one block of arguments.
+
+A kernel takes the address of a block of 64-bit integers. Slot 0 counts the work items handed out: whoever calls the
+kernel takes items until none is left, so the same code serves one thread and torch's whole pool. Every item writes
+memory of its own in a fixed order, so the result does not depend on the number of threads.
+
+The inner loops are LLVM vector code built by hand, since numba does not keep accumulators in registers across a loop
+over weights. LLVM lowers the vectors to AVX-512, AVX2 or NEON. They stay in this file on purpose: numba's cache on
+disk is renewed when the file of the kernel changes, and does not see changes elsewhere.
+
+Nothing here checks a bound: `prepare` did.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+BLOCK = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # sums of so many lanes that fit the registers
+AHEAD = 4096  # bytes; the hardware stops reading ahead at the end of a page
+SIDE = 8  # of the squares that are transposed in registers
+ROWS = 16  # results that are computed before they are stored: one cache line of each row of y
+CHUNK = 64  # rows of one work item
+LANES = 32  # of the sampled products
+
+
+def _at(builder: Any, address: Any, kind: Any, offset: Any = None) -> Any:
+    """The pointer to item `offset` of an array of `kind` at an integer address."""
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    return pointer if offset is None else builder.gep(pointer, [offset])
+
+
+def _vector_at(builder: Any, address: Any, lanes: int, offset: Any = None) -> Any:
+    """The pointer to `lanes` float32 numbers from number `offset` on."""
+    return builder.bitcast(_at(builder, address, F32, offset), ir.VectorType(F32, lanes).as_pointer())
+
+
+def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
+    empty = ir.Constant(ir.VectorType(F32, lanes), ir.Undefined)
+    zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(builder.insert_element(empty, scalar, I32(0)), empty, zeros)
+
+
+def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing: Any, address: Any, kind: Any) -> Any:
+    """An integer address as a typed pointer, for `carray`."""
+    pointer = types.CPointer(kind.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.intp, kind), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _take(typing: Any, block: Any) -> Any:
+    """The next work item: slot 0, which is advanced for all threads at once."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.bitcast(args[0], I64.as_pointer()), I64(1), "monotonic")
+
+    return types.intp(block), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _prefetch(typing: Any, address: Any, write: Any) -> Any:
+    """Start to bring the cache line at an address, which may lie outside the process, to read (0) or to write (1)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [builder.inttoptr(args[0], byte), I32(write.literal_value), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(address, write), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _scratch(typing: Any, floats: Any) -> Any:
+    """The address of that many float32 numbers on this thread's stack, aligned to a cache line."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        memory = cgutils.alloca_once(builder, ir.ArrayType(F32, floats.literal_value))
+        memory.align = 64
+        return builder.ptrtoint(memory, I64)
+
+    return types.intp(floats), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _dot(typing: Any, lanes: Any, unroll: Any, values: Any, columns: Any, count: Any, x: Any, start: Any, y: Any) -> Any:
+    """y[0:lanes] = start + Σ_k values[k] · x[columns[k], 0:lanes] for k < count; the sums stay in registers."""
+    width, steps = lanes.literal_value, unroll.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, _, values, columns, count, x, start, y = args
+        first = _splat(builder, start, width)
+        sums = [cgutils.alloca_once_value(builder, first if u == 0 else ir.Constant(first.type, None)) for u in range(steps)]
+
+        def step(k: Any, total: Any) -> None:
+            weight = _splat(builder, builder.load(_at(builder, values, F32, k)), width)
+            column = builder.zext(builder.load(_at(builder, columns, I16, k)), I64)
+            numbers = builder.load(_vector_at(builder, x, width, builder.mul(column, I64(width))), align=4)
+            builder.store(_fused(builder, weight, numbers, builder.load(total)), total)
+
+        whole = builder.sub(count, builder.urem(count, I64(steps)))
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(steps), I64) as (k, _):
+            for u in range(steps):
+                step(builder.add(k, I64(u)), sums[u])
+        with cgutils.for_range_slice(builder, whole, count, I64(1), I64) as (k, _):
+            step(k, sums[0])
+        total = builder.load(sums[0])
+        for other in sums[1:]:
+            total = builder.fadd(total, builder.load(other))
+        builder.store(total, _vector_at(builder, y, width), align=4)
+        return context.get_dummy_value()
+
+    return types.void(lanes, unroll, *[types.intp] * 4, types.float32, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _transpose(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
+    """target[j, i] = source[i, j] for i, j < SIDE; addresses, and strides of the rows in numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, source_stride, target, target_stride = args
+        rows = [
+            builder.load(_vector_at(builder, source, SIDE, builder.mul(source_stride, I64(i))), align=4)
+            for i in range(SIDE)
+        ]
+        half = SIDE // 2
+        while half:  # swap the off-diagonal quarters of ever smaller squares
+            upper = [lane + SIDE - half if lane & half else lane for lane in range(SIDE)]
+            lower = [lane + SIDE if lane & half else lane + half for lane in range(SIDE)]
+            for i in range(SIDE):
+                if not i & half:
+                    a, b = rows[i], rows[i + half]
+                    rows[i], rows[i + half] = _shuffle(builder, a, b, upper), _shuffle(builder, a, b, lower)
+            half //= 2
+        for j, row in enumerate(rows):
+            builder.store(row, _vector_at(builder, target, SIDE, builder.mul(target_stride, I64(j))), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _sampled(typing: Any, x: Any, x_stride: Any, grad: Any, grad_stride: Any, tiles: Any, columns: Any, out: Any) -> Any:
+    """out[j] = Σ_t Σ_b grad[t, b] · x[t, columns[j], b] for j < BLOCK, b < LANES, t < tiles."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, x_stride, grad, grad_stride, tiles, columns, out = args
+        zero = ir.Constant(ir.VectorType(F32, BLOCK), None)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(BLOCK)]
+        rows = [builder.zext(builder.load(_at(builder, columns, I16, I64(j))), I64) for j in range(BLOCK)]
+        offsets = [builder.mul(row, I64(LANES)) for row in rows]
+        with cgutils.for_range(builder, tiles) as loop:
+            x_tile, grad_tile = builder.mul(loop.index, x_stride), builder.mul(loop.index, grad_stride)
+            for part in range(0, LANES, BLOCK):
+                g = builder.load(_vector_at(builder, grad, BLOCK, builder.add(grad_tile, I64(part))), align=4)
+                for total, offset in zip(sums, offsets, strict=True):
+                    place = builder.add(builder.add(x_tile, offset), I64(part))
+                    numbers = builder.load(_vector_at(builder, x, BLOCK, place), align=4)
+                    builder.store(_fused(builder, g, numbers, builder.load(total)), total)
+        left = [builder.load(total) for total in sums]
+        half = BLOCK // 2
+        while half:  # add the halves of neighbours' sums side by side, until one lane is left of each
+            low = [lane for lane in range(2 * BLOCK) if not lane & half]
+            high = [lane + half for lane in low]
+            left = [
+                builder.fadd(_shuffle(builder, a, b, low), _shuffle(builder, a, b, high))
+                for a, b in zip(left[::2], left[1::2], strict=True)
+            ]
+            half //= 2
+        builder.store(left[0], _vector_at(builder, out, BLOCK), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 7), generate
+
+
+def gemv(block: Any) -> None:
+    """One row of input: y [N] from x [I]. Block: counter, N, K, values, columns, x, bias or 0, y."""
+    a = carray(block, (8,), np.int64)
+    N, K = a[1], a[2]
+    values = carray(_pointer(a[3], np.float32), (N, K))
+    columns = carray(_pointer(a[4], np.uint16), (N, K))
+    x = carray(_pointer(a[5], np.float32), (65536,))
+    bias = carray(_pointer(a[6], np.float32), (N,))
+    y = carray(_pointer(a[7], np.float32), (N,))
+    biased = a[6] != 0
+    first = _take(block) * CHUNK
+    while first < N:
+        for n in range(first, min(first + CHUNK, N)):
+            for line in range(0, K, 16):
+                _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
+            for line in range(0, K, 32):
+                _prefetch(a[4] + 2 * (K * n + line) + AHEAD // 2, 0)
+            total = np.float32(0)
+            for k in range(K):
+                total += values[n, k] * x[columns[n, k]]
+            y[n] = total + bias[n] if biased else total
+        first = _take(block) * CHUNK
+
+
+def pack(block: Any) -> None:
+    """x -> tiles [tiles, I, T] of T rows each, the last one filled up with zeros.
+
+    Block: counter, x, stride of its rows, stride of its columns (one of the two is 1), B, I, T, tiles, target.
+    """
+    a = carray(block, (9,), np.int64)
+    row_stride, column_stride, B, I, T, tiles = a[2], a[3], a[4], a[5], a[6], a[7]
+    x = carray(_pointer(a[1], np.float32), (B * I,))
+    target = carray(_pointer(a[8], np.float32), (tiles, I, T))
+    chunks = (I + CHUNK - 1) // CHUNK
+    work = _take(block)
+    while work < tiles * chunks:  # the tiles of a chunk one after the other: they share the rows of a transposed x
+        t, first = work % tiles, work // tiles * CHUNK
+        last, rows = min(first + CHUNK, I), min(T, B - t * T)
+        done = first
+        if column_stride == 1 and rows == T:
+            while done + SIDE <= last:
+                for b in range(0, T, SIDE):
+                    source = a[1] + 4 * ((t * T + b) * row_stride + done)
+                    _transpose(source, row_stride, a[8] + 4 * ((t * I + done) * T + b), T)
+                done += SIDE
+        for i in range(done, last):
+            for b in range(rows):
+                target[t, i, b] = x[(t * T + b) * row_stride + i * column_stride]
+            for b in range(rows, T):
+                target[t, i, b] = 0
+        work = _take(block)
+
+
+def tile(block: Any) -> None:
+    """A sparse matrix, given by rows, times packed tiles.
+
+    Block: counter, N, starts [N + 1], columns, values, bias or 0, tiles [.., I, T], I, T, B, feature-major or not,
+    y [N, B] or [B, N].
+    """
+    a = carray(block, (12,), np.int64)
+    N, I, T, B, by_feature = a[1], a[7], a[8], a[9], a[10]
+    starts = carray(_pointer(a[2], np.int64), (N + 1,))
+    bias = carray(_pointer(a[5], np.float32), (N,))
+    y = carray(_pointer(a[11], np.float32), (N * B,))
+    memory = _scratch(512)  # ROWS · 32
+    results = carray(_pointer(memory, np.float32), (512,))
+    tiles, chunks = (B + T - 1) // T, (N + CHUNK - 1) // CHUNK
+    work = _take(block)
+    while work < tiles * chunks:  # tile after tile, which keeps the tile in the cache
+        t, first = work // chunks, work % chunks * CHUNK
+        base, x, width = t * T, a[6] + 4 * T * I * t, min(T, B - t * T)
+        for n0 in range(first, min(first + CHUNK, N), ROWS):
+            rows = min(ROWS, N - n0)
+            direct = by_feature and width == T
+            for r in range(rows):
+                n = n0 + r
+                p, count = starts[n], starts[n + 1] - starts[n]
+                begin = bias[n] if a[5] else np.float32(0)
+                out = a[11] + 4 * (n * B + base) if direct else memory + 4 * r * T
+                if T == 32:
+                    _dot(32, 2, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                elif T == 16:
+                    _dot(16, 4, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                else:
+                    _dot(8, 4, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+            if direct:
+                continue
+            if by_feature:
+                for r in range(rows):
+                    for b in range(width):
+                        y[(n0 + r) * B + base + b] = results[r * T + b]
+            elif rows == ROWS and width == T:
+                for b in range(0, T, SIDE):
+                    for r in range(0, ROWS, SIDE):
+                        _transpose(memory + 4 * (r * T + b), T, a[11] + 4 * ((base + b) * N + n0 + r), N)
+            else:
+                for b in range(width):
+                    for r in range(rows):
+                        y[(base + b) * N + n0 + r] = results[r * T + b]
+        work = _take(block)
+
+
+def sample(block: Any) -> None:
+    """out[n, k] = Σ_b grad[b, n] · x[b, columns[n, k]], from tiles of LANES rows, some tiles at a time.
+
+    Block: counter, N, K, columns, tiles of x [tiles, I, LANES], of grad [tiles, N, LANES], tiles, I, tiles at a time,
+    rows of one work item, out [N, K].
+    """
+    a = carray(block, (11,), np.int64)
+    N, K, tiles, I, group, rows = a[1], a[2], a[6], a[7], a[8], a[9]
+    columns = carray(_pointer(a[3], np.uint16), (N, K))
+    out = carray(_pointer(a[10], np.float32), (N, K))
+    memory, padded_at = _scratch(16), _scratch(8)
+    found = carray(_pointer(memory, np.float32), (16,))
+    padded = carray(_pointer(padded_at, np.uint16), (16,))
+    for j in range(16):
+        padded[j] = 0
+    first = _take(block) * rows
+    while first < N:
+        for t in range(0, tiles, group):
+            x, now = a[4] + 4 * LANES * I * t, min(group, tiles - t)
+            for n in range(first, min(first + rows, N)):
+                grad = a[5] + 4 * LANES * (N * t + n)
+                for k in range(0, K, BLOCK):
+                    size, here = min(BLOCK, K - k), a[3] + 2 * (K * n + k)
+                    if size < BLOCK:
+                        for j in range(size):
+                            padded[j] = columns[n, k + j]
+                        here = padded_at
+                    _sampled(x, LANES * I, grad, LANES * N, now, here, memory)
+                    for j in range(size):
+                        out[n, k + j] = found[j] if t == 0 else out[n, k + j] + found[j]
+        first = _take(block) * rows
+
+
+def gather(block: Any) -> None:
+    """out[p] = values[order[p]]. Block: counter, length, values, order (int32), out."""
+    a = carray(block, (5,), np.int64)
+    length = a[1]
+    values = carray(_pointer(a[2], np.float32), (length,))
+    order = carray(_pointer(a[3], np.uint32), (length,))
+    out = carray(_pointer(a[4], np.float32), (length,))
+    first = _take(block) * 16384
+    while first < length:
+        for p in range(first, min(first + 16384, length)):
+            out[p] = values[order[p]]
+        first = _take(block) * 16384
