@@ -10,6 +10,7 @@ EXAMPLES = """examples:
   sparselearn recipes
   sparselearn train digits variant=rigl sparsity=0.95
   sparselearn sweep digits variant=dense,static,rigl seed=0,1,2 --out runs/digits
+  sparselearn report runs/digits-rigl-seed0 --out report.html
 """
 TRAIN_EXAMPLES = """examples:
   sparselearn train digits
@@ -29,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         "sparselearn", description="Dynamic sparse training for PyTorch.", epilog=EXAMPLES, formatter_class=raw
     )
     parser.add_argument("--version", action="store_true", help="print the version")
-    commands = parser.add_subparsers(dest="command", metavar="{recipes,train,sweep}")
+    commands = parser.add_subparsers(dest="command", metavar="{recipes,train,sweep,report,inspect,verify,export,diff}")
     commands.add_parser(
         "recipes", help="list the packaged recipes", epilog="example:\n  sparselearn recipes", formatter_class=raw
     )
@@ -42,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("changes", nargs="*", metavar="key=value", help="keys of the recipe, dotted where nested")
         command.add_argument("--out", type=Path, help="folder of the results (default: runs/ and the name)")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
+    from sparselearn.checkpoint.command import add_commands
+    from sparselearn.recipes.report import add_command
+
+    add_command(commands)
+    add_commands(commands)
     return parser
 
 
@@ -53,7 +59,7 @@ def _recipes() -> int:
     for name, path in packaged().items():
         recipe = OmegaConf.load(path)
         variants = ", ".join(OmegaConf.select(recipe, "variants") or {})
-        print(f"{name:16}{OmegaConf.select(recipe, 'description')}\n{'':16}variants: {variants}")
+        print(f"{name:24}{OmegaConf.select(recipe, 'description')}\n{'':24}variants: {variants}")
     return 0
 
 
@@ -113,6 +119,12 @@ def main(argv: list[str] | None = None) -> int:
             return _train(args)
         if args.command == "sweep":
             return _sweep(args)
+        if args.command == "report":
+            from sparselearn.recipes.report import command
+
+            return command(args)
+        if args.command is not None:
+            return int(args.run(args))
     except SparsityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

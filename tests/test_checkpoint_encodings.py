@@ -316,7 +316,7 @@ def test_hashes_do_not_depend_on_the_encoding(tmp_path):
 
 
 def golden():
-    """A state and masks without random numbers: every encoding, several dtypes, shapes of 0 to 5 dimensions, odd bits."""
+    """A state and masks without random numbers: every encoding, dtypes, shapes of 0 to 5 dimensions, odd bits."""
     masks = {
         "bitmask": torch.arange(5 * 13).view(5, 13) % 7 % 3 == 1,
         "condensed": (torch.arange(40) - 3 * torch.arange(6)[:, None]) % 20 == 5,
@@ -346,7 +346,9 @@ def golden():
 
 def write_golden(folder):
     state, masks = golden()
-    save(state, folder, masks=masks, encoding={"dense": "dense"}, method="golden", recipe={"epochs": 1}, metadata=[None])
+    save(
+        state, folder, masks=masks, encoding={"dense": "dense"}, method="golden", recipe={"epochs": 1}, metadata=[None]
+    )
 
 
 def test_the_golden_checkpoint_loads_bit_for_bit():

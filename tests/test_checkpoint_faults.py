@@ -236,7 +236,10 @@ SHARDS = {
     "a tensor more": (lambda t: t.update(more=torch.ones(1)), "'more' is only in it or only in the manifest"),
     "a tensor less": (lambda t: t.pop("bias"), "'bias' is only in it or only in the manifest"),
     "fewer values": (lambda t: t.update({"csr#values": t["csr#values"][1:].clone()}), "`csr#values` must be torch.bf"),
-    "other indices": (lambda t: t.update({"csr#indices": t["csr#indices"].long()}), "`csr#indices` must be torch.uint8"),
+    "other indices": (
+        lambda t: t.update({"csr#indices": t["csr#indices"].long()}),
+        "`csr#indices` must be torch.uint8",
+    ),
 }
 
 

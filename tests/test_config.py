@@ -92,7 +92,9 @@ def test_a_method_without_a_name():
 
 def test_an_unknown_recipe():
     assert message(source="digts") == (
-        "There is no recipe `digts`: neither a file nor one of digits, fashion_mnist. See `sparselearn recipes`."
+        "There is no recipe `digts`: neither a file nor one of "
+        + ", ".join(packaged())
+        + ". See `sparselearn recipes`."
     )
 
 

@@ -565,7 +565,7 @@ def test_the_wrapper_is_an_optimizer() -> None:
     weights = values_of(model)
     train(model, optimizer, 5, 9)
     expected = values_of(model)
-    other, other_sparsifier, other_optimizer = build("rigl", "adamw", seed=7)
+    other, _, other_optimizer = build("rigl", "adamw", seed=7)
     other.load_state_dict(weights)
     other_optimizer.load_state_dict(saved)
     assert other_optimizer.base.param_groups is other_optimizer.param_groups
@@ -588,7 +588,9 @@ def test_step_hooks_of_the_base_and_the_wrapper_run_once() -> None:
     "method",
     [
         *(make() for make in METHODS.values()),
-        sl.rigl(stop=9, every=2, grow_init=sl.criteria.initial_distribution(2), drop_fraction=sl.schedules.constant(0.2)),
+        sl.rigl(
+            stop=9, every=2, grow_init=sl.criteria.initial_distribution(2), drop_fraction=sl.schedules.constant(0.2)
+        ),
     ],
     ids=[*METHODS, "rigl-options"],
 )

@@ -1,8 +1,9 @@
 """Times condensed products against torch and scipy: `python -m sparselearn.kernels.condensed.bench --help`.
 
 Every round runs every method once, in an order drawn anew, in this process, so that a change of the machine's speed, or
-what the method before left behind (a full cache, a lowered clock, a spinning pool), meets all of them; the table holds medians of the ratios within rounds, with their 10th and 90th percentile. Weights are warm
-in the cache, inputs are float32. The CSR methods get their input transposed and leave their output so, for free.
+what the method before left behind (a full cache, a lowered clock, a spinning pool), meets all of them; the table holds
+medians of the ratios within rounds, with their 10th and 90th percentile. Weights are warm in the cache, inputs are
+float32. The CSR methods get their input transposed and leave their output so, for free.
 """
 
 import argparse
@@ -50,13 +51,17 @@ def condensed_layer(inputs: int, neurons: int, sparsity: float, seed: int = 0) -
 def methods(layer: tuple[Tensor, Tensor, Tensor], batch: int, threads: int) -> dict[str, Method]:
     """What is timed, each checked against the dense product first."""
     values, indices, weight = layer
-    neurons, inputs = weight.shape
+    inputs = weight.shape[1]
     x = torch.randn(batch, inputs)
     xT = x.T.contiguous()
     plan, torch_ops = prepare(values, indices, inputs), TorchOps(indices.long(), inputs)
     starts = torch.arange(0, values.numel() + 1, values.shape[1])
-    csr64 = torch.sparse_csr_tensor(starts, indices.flatten().long(), values.flatten(), weight.shape, check_invariants=False)
-    csr32 = torch.sparse_csr_tensor(starts.int(), indices.flatten(), values.flatten(), weight.shape, check_invariants=False)
+    csr64 = torch.sparse_csr_tensor(
+        starts, indices.flatten().long(), values.flatten(), weight.shape, check_invariants=False
+    )
+    csr32 = torch.sparse_csr_tensor(
+        starts.int(), indices.flatten(), values.flatten(), weight.shape, check_invariants=False
+    )
     calls: dict[str, Callable[[], Tensor]] = {
         "dense": lambda: F.linear(x, weight),
         "condensed": lambda: plan.linear(x),
@@ -74,7 +79,7 @@ def methods(layer: tuple[Tensor, Tensor, Tensor], batch: int, threads: int) -> d
     else:
         calls["scipy"] = lambda: torch.from_numpy(scipy_csr @ xT.numpy()).T
     for name, call in calls.items():
-        torch.testing.assert_close(call(), x @ weight.T, atol=1e-3, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(call(), x @ weight.T, atol=1e-3, rtol=1e-3, msg=f"{name} is wrong")
     chosen: dict[str, Method] = {name: (call, threads) for name, call in calls.items()}
     if threads > 1:
         chosen["condensed_one_thread"] = (calls["condensed"], 1)
@@ -180,7 +185,8 @@ def summary(table: list[dict[str, object]]) -> Iterator[str]:
             if cell and (over == "dense" or factor == 1):
                 reached = _middle(cell, method, over)
                 verdict = "reached" if reached >= wanted * factor else "MISSED"
-                yield f"{verdict}: {sparsity:.0%}, batch {batch}, {method} over {over}: {reached:.2f} of {wanted * factor}"
+                yield f"{verdict}: {sparsity:.0%}, batch {batch}, {method} over {over}: {reached:.2f} of "
+                yield f"  {wanted * factor}"
 
 
 def _is(line: dict[str, object], threads: str, sparsity: float, batch: int) -> bool:

@@ -2,8 +2,9 @@
 
 A step is forward, cross-entropy, backward and SGD with momentum, on random data. `masked` multiplies the dense weights
 with their masks in every forward; `in_place` masks gradients before and weights after the optimizer's step, as
-`sparselearn.SparseOptimizer` does; `dense` has no masks. The condensed networks hold no dense weight, gradient or moment
-of the sparse layers. The last layer is dense in all of them. Loss and gradients are compared before the clock starts.
+`sparselearn.SparseOptimizer` does; `dense` has no masks. The condensed networks hold no dense weight, gradient or
+moment of the sparse layers. The last layer is dense in all of them. Loss and gradients are compared before the clock
+starts.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def network(method: str, sizes: list[int], sparsity: float) -> nn.Sequential:
         else:
             layers.append(Masked(weight * scale, method == "masked"))
         layers.append(nn.ReLU())
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 def training_step(method: str, sizes: list[int], sparsity: float, batch: int) -> Callable[[], Tensor]:
@@ -80,7 +81,7 @@ def training_step(method: str, sizes: list[int], sparsity: float, batch: int) ->
         loss = F.cross_entropy(model(x), target)
         loss.backward()
         if masked:
-            torch._foreach_mul_([m.weight.grad for m in masked], masks)
+            torch._foreach_mul_([m.weight.grad for m in masked if m.weight.grad is not None], masks)
         optimizer.step()
         if masked:
             torch._foreach_mul_([m.weight.data for m in masked], masks)
@@ -123,7 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
                 "over_masked": round(middle, 3), "over_masked_p10": round(low, 3), "over_masked_p90": round(high, 3),
                 "over_in_place": round(in_place, 3),
             } | where)  # fmt: skip
-            print(f"{threads} threads, {sparsity:.0%}, batch {batch}: {name} {middle:.2f}x masked, {in_place:.2f}x in_place")
+            print(
+                f"{threads} threads, {sparsity:.0%}, batch {batch}: {name} {middle:.2f}x masked, "
+                f"{in_place:.2f}x in_place"
+            )
     if args.out:
         save(table, args.out, args.append)
 

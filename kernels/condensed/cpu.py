@@ -1,3 +1,4 @@
+# mypy: disable-error-code="arg-type, return-value"
 """The products of a condensed layer as compiled SIMD loops (numba), on torch's own thread pool.
 
 Input rows are packed into tiles [B/T, I, T] of T = 8, 16 or 32, so that one weight, read once, meets T numbers that lie
@@ -35,7 +36,7 @@ os.register_at_fork(after_in_child=_mark_fork)
 
 @functools.cache
 def _parallel() -> Callable[..., None] | None:
-    """GOMP_parallel of the OpenMP that torch itself runs on: a second pool would fight with torch's spinning threads."""
+    """GOMP_parallel of the OpenMP that torch itself runs on: a second pool would fight with torch's threads."""
     folder = Path(torch.__file__).parent / "lib"
     for library in folder.glob("libtorch_cpu.*"):
         with contextlib.suppress(OSError, AttributeError):  # no GNU interface: one thread
@@ -91,7 +92,7 @@ class _Rows:
         """x [B, C], rows or columns contiguous -> y [B, R], laid out like x."""
         rows = len(x)
         by_feature = rows > 1 and not x.is_contiguous()
-        y = torch.empty((self.outputs, rows) if by_feature else (rows, self.outputs))
+        y = torch.empty_strided((rows, self.outputs), (1, rows) if by_feature else (self.outputs, 1))
         bias_at = 0 if bias is None else bias.data_ptr()
         width = _width(rows, self.inputs)
         tiles = _packed(x, width)
@@ -99,7 +100,7 @@ class _Rows:
             cpu_kernels.tile, values.numel() * rows, self.outputs, self.starts.data_ptr(), self.columns.data_ptr(),
             values.data_ptr(), bias_at, tiles.data_ptr(), self.inputs, width, rows, by_feature, y.data_ptr(),
         )  # fmt: skip
-        return y.T if by_feature else y
+        return y
 
 
 def _width(rows: int, inputs: int) -> int:
@@ -160,6 +161,8 @@ class NumbaOps:
         lanes, threads = cpu_kernels.LANES, torch.get_num_threads()
         x_tiles, grad_tiles = _packed(_dense(x), lanes), _packed(_dense(grad), lanes)
         together = max(1, _cache_bytes() // 2 // (4 * lanes * self.in_features))
+        if not len(x):
+            return torch.zeros(self.neurons, self.fan_in)
         out = torch.empty(self.neurons, self.fan_in)
         _run(
             cpu_kernels.sample, out.numel() * len(x), self.neurons, self.fan_in, self._forward.columns.data_ptr(),
@@ -172,5 +175,7 @@ class NumbaOps:
         """grad [B, N] -> [B, I]; where grad is stored by feature, so is the result."""
         order, matrix = self._transposed
         ordered = torch.empty_like(values)
-        _run(cpu_kernels.gather, values.numel(), values.numel(), values.data_ptr(), order.data_ptr(), ordered.data_ptr())
+        _run(
+            cpu_kernels.gather, values.numel(), values.numel(), values.data_ptr(), order.data_ptr(), ordered.data_ptr()
+        )
         return matrix.times(_dense(grad), ordered, None)

@@ -1,3 +1,6 @@
+# numba's annotations do not describe intrinsics and device arrays.
+# mypy: disable-error-code="import-untyped, attr-defined, call-arg, no-untyped-call, no-untyped-def, untyped-decorator, misc, no-any-return"
+# ruff: noqa: E501, E741
 """The compiled loops of `cpu.py`: numba functions that any number of threads may run on one block of arguments.
 
 A kernel takes the address of a block of 64-bit integers. Slot 0 counts the work items handed out: whoever calls the
@@ -53,7 +56,7 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _pointer(typing: Any, address: Any, kind: Any) -> Any:
     """An integer address as a typed pointer, for `carray`."""
     pointer = types.CPointer(kind.dtype)
@@ -64,7 +67,7 @@ def _pointer(typing: Any, address: Any, kind: Any) -> Any:
     return pointer(types.intp, kind), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _take(typing: Any, block: Any) -> Any:
     """The next work item: slot 0, which is advanced for all threads at once."""
 
@@ -74,7 +77,7 @@ def _take(typing: Any, block: Any) -> Any:
     return types.intp(block), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def _prefetch(typing: Any, address: Any, write: Any) -> Any:
     """Start to bring the cache line at an address, which may lie outside the process, to read (0) or to write (1)."""
 
@@ -88,7 +91,7 @@ def _prefetch(typing: Any, address: Any, write: Any) -> Any:
     return types.void(address, write), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def _scratch(typing: Any, floats: Any) -> Any:
     """The address of that many float32 numbers on this thread's stack, aligned to a cache line."""
 
@@ -100,15 +103,19 @@ def _scratch(typing: Any, floats: Any) -> Any:
     return types.intp(floats), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _dot(typing: Any, lanes: Any, unroll: Any, values: Any, columns: Any, count: Any, x: Any, start: Any, y: Any) -> Any:
+@intrinsic(prefer_literal=True)
+def _dot(
+    typing: Any, lanes: Any, unroll: Any, values: Any, columns: Any, count: Any, x: Any, start: Any, y: Any
+) -> Any:
     """y[0:lanes] = start + Σ_k values[k] · x[columns[k], 0:lanes] for k < count; the sums stay in registers."""
     width, steps = lanes.literal_value, unroll.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, _, values, columns, count, x, start, y = args
         first = _splat(builder, start, width)
-        sums = [cgutils.alloca_once_value(builder, first if u == 0 else ir.Constant(first.type, None)) for u in range(steps)]
+        sums = [
+            cgutils.alloca_once_value(builder, first if u == 0 else ir.Constant(first.type, None)) for u in range(steps)
+        ]
 
         def step(k: Any, total: Any) -> None:
             weight = _splat(builder, builder.load(_at(builder, values, F32, k)), width)
@@ -131,7 +138,7 @@ def _dot(typing: Any, lanes: Any, unroll: Any, values: Any, columns: Any, count:
     return types.void(lanes, unroll, *[types.intp] * 4, types.float32, types.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _transpose(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
     """target[j, i] = source[i, j] for i, j < SIDE; addresses, and strides of the rows in numbers."""
 
@@ -157,8 +164,10 @@ def _transpose(typing: Any, source: Any, source_stride: Any, target: Any, target
     return types.void(*[types.intp] * 4), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _sampled(typing: Any, x: Any, x_stride: Any, grad: Any, grad_stride: Any, tiles: Any, columns: Any, out: Any) -> Any:
+@intrinsic
+def _sampled(
+    typing: Any, x: Any, x_stride: Any, grad: Any, grad_stride: Any, tiles: Any, columns: Any, out: Any
+) -> Any:
     """out[j] = Σ_t Σ_b grad[t, b] · x[t, columns[j], b] for j < BLOCK, b < LANES, t < tiles."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -79,9 +79,9 @@ def _numbers(name: str, tensor: Tensor, rows: int | None, columns: int) -> Tenso
         or not tensor.is_cpu
     ):
         raise SparsityError(
-            f"`{name}` of this condensed product must have shape [{', '.join(map(str, wanted))}] and be float32, bfloat16 "
-            f"or float16 on the CPU; it has shape {list(shape)}, {tensor.dtype}, on {tensor.device}. For other dtypes and "
-            "devices use `sparselearn.kernels.condensed.reference`."
+            f"`{name}` of this condensed product must have shape {list(wanted)} and be float32, "
+            f"bfloat16 or float16 on the CPU; it has shape {list(shape)}, {tensor.dtype}, on {tensor.device}. For other dtypes "
+            "and devices use `sparselearn.kernels.condensed.reference`."
         )
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -126,7 +126,7 @@ def linear(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None = None) ->
     """
     if not torch.is_grad_enabled():  # half the overhead of a small call
         return plan._linear(x, _numbers("values", values, *plan.shape).contiguous(), bias)
-    return _Linear.apply(x, values, plan, bias)  # type: ignore[no-any-return,no-untyped-call]
+    return _Linear.apply(x, values, plan, bias)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -171,7 +171,7 @@ def _check_indices(values: Tensor, indices: Tensor, in_features: int) -> None:
 
 
 def _make_ops(indices: Tensor, in_features: int) -> Ops:
-    """The compiled loops where numba is installed and two bytes can name an input and a neuron, else torch's operators."""
+    """The compiled loops where numba is installed and two bytes can name an input and a neuron, else torch."""
     with contextlib.suppress(ImportError):
         from sparselearn.kernels.condensed.cpu import LIMIT, NumbaOps
 

@@ -104,7 +104,8 @@ def read_any(source: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 
 def _read_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     aliases = {info.name: info.aliases for info in inspect(path).weights}
-    state, masks = {}, {}
+    state: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
     for first, tensor, mask in iterate(path):
         state |= dict.fromkeys((first, *aliases[first]), tensor)
         if mask is not None:

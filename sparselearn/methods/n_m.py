@@ -180,12 +180,13 @@ class soft_threshold:
             .expand(*grouped.shape[:-1], -1, self.structure.m)
         )
         limit = limit.reshape(grouped.shape).movedim(-1, self.structure.dim)
-        soft = dense.sign() * (dense.abs() - limit).clamp(min=0)
-        soft = soft.masked_fill(~mask, 0)
+        shrunk = dense.sign() * (dense.abs() - limit).clamp(min=0)
+        soft: Tensor = torch.where(mask, shrunk, 0.0)
         if not self.scaled:
             return soft
         power = soft.square().sum()
-        return soft * torch.where(power > 0, (dense * soft).sum() / power, 1.0)
+        scale: Tensor = torch.where(power > 0, (dense * soft).sum() / power, 1.0)
+        return soft * scale
 
 
 def s_ste(n: int = 2, m: int = 4) -> StraightThrough:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sparselearn.kernels.condensed as kernel
 from sparselearn.errors import SparsityError
-from sparselearn.kernels import condensed as kernel
 from sparselearn.modules.base import SparseModule, apply_product, copied, masked_weight
 
 
