@@ -195,7 +195,8 @@ class Sparsifier:
     def _first_mask(self, name: str, weight: Weight, layer: LayerState, nnz: int, score: Criterion | None) -> Tensor:
         structure = self.method.structure
         if score is None:
-            values = first_masks.random_score(name, self._shapes[name], layer.support, self.state.seed)
+            support = None if layer.support is None else distributed.full(layer.support)
+            values = first_masks.random_score(name, self._shapes[name], support, self.state.seed)
         else:
             view = self._view(name, weight.parameter, layer, weight.parameter.grad, {})
             values = check_score(score(view), view, "initial").float()

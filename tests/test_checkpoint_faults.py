@@ -484,10 +484,11 @@ def run(count, after):
             mine = calls
             if mine == count and not after:
                 os._exit(9)
-            result = real(*args, **kwargs)
-            if mine == count:
-                os._exit(9)
-            return result
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if mine == count:
+                    os._exit(9)
         return call
     for module, names in {os: ("replace", "fsync", "mkdir", "unlink", "rmdir", "chmod", "open"),
                           safetensors.torch: ("save_file",), Path: ("write_bytes", "touch")}.items():

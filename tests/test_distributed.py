@@ -179,7 +179,9 @@ def different_seeds(rank):
 def loaded(rank, saved_after, seeds=(0, 0)):
     """Ranks load states that were saved after different numbers of steps, or by runs of different seeds."""
     model, _sparsifier, optimizer = build(METHODS["rigl"])
-    alone, own, own_optimizer = build(DropGrow(), seed=seeds[rank])  # never exchanges masks
+    alone, own, own_optimizer = build(
+        DropGrow(updates=UpdateSchedule(99, 100)), seed=seeds[rank]
+    )  # never exchanges masks
     for batch in data(saved_after[rank]):
         backward(alone, batch)
         own.before_step(own_optimizer.base)

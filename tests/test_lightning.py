@@ -14,7 +14,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 
-from sparselearn import SparseOptimizer, Sparsifier, SparsityError, rigl, set_, static
+from sparselearn import SparseOptimizer, Sparsifier, SparsityError, rigl, scaling, set_, static
 from sparselearn.lightning import SparsityCallback
 
 METHOD = rigl(stop=25, every=4, drop_fraction=0.5)
@@ -84,6 +84,12 @@ def fit(module, method=METHOD, data=None, others=(), sparse=None, trainer=None, 
 
 def clip_grads(optimizer, clip):
     """As Lightning does: in the order of the groups, which decides how the sum of squares is rounded."""
+    if isinstance(optimizer, SparseOptimizer) and optimizer.sparsifier.density_scaling:  # split at `step` only
+        densities, named = optimizer.sparsifier.densities, optimizer.sparsifier._weights
+        rates = {named[name].parameter: scaling.rate_multiplier(d) for name, d in densities.items()}
+        groups = scaling.scaled_groups(optimizer.base, rates)
+        torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
+        return
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
 
 

@@ -80,8 +80,8 @@ def _numbers(name: str, tensor: Tensor, rows: int | None, columns: int) -> Tenso
     ):
         raise SparsityError(
             f"`{name}` of this condensed product must have shape {list(wanted)} and be float32, "
-            f"bfloat16 or float16 on the CPU; it has shape {list(shape)}, {tensor.dtype}, on {tensor.device}. For other dtypes "
-            "and devices use `sparselearn.kernels.condensed.reference`."
+            f"bfloat16 or float16 on the CPU; it has shape {list(shape)}, {tensor.dtype}, on {tensor.device}. For "
+            "other dtypes and devices use `sparselearn.kernels.condensed.reference`."
         )
     if tensor.requires_grad:
         tensor = tensor.detach()
