@@ -40,7 +40,8 @@ def test_recipes_lists_all_with_a_line_each(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines[::2]]
-    assert names == sorted(names) and {"digits", "fashion_mnist", "cifar10_resnet18", "gpt_bytes"} <= set(names)
+    assert names == sorted(names)
+    assert {"digits", "fashion_mnist", "cifar10_resnet18", "gpt_bytes"} <= set(names)
     assert all("variants: dense, static, " in line and "rigl" in line for line in lines[1::2])
 
 

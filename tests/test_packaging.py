@@ -156,7 +156,7 @@ def test_core_imports_torch_and_numpy_alone() -> None:
 
 
 def test_kernels_stand_alone() -> None:
-    allowed = sys.stdlib_module_names | {"torch", "numpy", "triton", "numba"}
+    allowed = sys.stdlib_module_names | {"torch", "numpy", "triton", "numba", "llvmlite"}
     wrong = [
         f"{place}: {target}"
         for module, target, place in all_imports()
