@@ -140,19 +140,16 @@ def _staged(
     return replace(method, stage=structure_stages(steps, structures))
 
 
-def pretrain_24(
-    *, steps: int, decay: float = 6e-5, every: int = 40, dense_from: float = 5 / 6, exact: bool = False
-) -> StraightThrough:
+def pretrain_24(*, steps: int, decay: float = 6e-5, every: int = 40, dense_from: float = 5 / 6) -> StraightThrough:
     """2:4 pre-training with transposable masks (Hu et al., arXiv 2404.01847).
 
     The mask, 2:4 in rows and columns so that forward and dX are both sparse, is renewed every 40 optimizer steps; the
     gradient gets λ·(1 - M)⊙W after clipping (masked decay on the gradient, §4.2); from 5/6 of the run on training is
     dense. λ: 6e-5 for GPT-2 124M and 774M, 2e-4 for 350M and 1.5B. The neural gradients' MVUE, which makes dW sparse
-    too, is `sparselearn.n_m_modules.MVUELinear`.
+    too, is `mvue_24`, for a backward pass of your own.
 
     Args:
         steps: length of the run in optimizer steps.
-        exact: has no effect on 2:4, whose masks are exact always.
     """
     method = StraightThrough(TransposableNM(2, 4), every=every, penalty=masked_decay(decay), penalty_after_clip=True)
     return then_dense(method, stop=round(steps * dense_from))
@@ -213,10 +210,10 @@ def cast(structure: Structure, *, decay: float | Schedule, stop: int, every: int
     """CAST-like: continuous adaptive sparse training (arXiv 2509.25996).
 
     The forward pass stays dense until `stop` (β = 1); an L1 decay on masked-out weights, renewed every 10 steps, draws
-    them to zero; from `stop` on they are zero exactly. `sparselearn.lightning.SelfDistillation` adds the dense teacher.
+    them to zero; from `stop` on they are zero exactly.
 
     Differs: only the abstract and the authors' earlier code were read; the L1 term goes through the gradient, and the
-    learned output scales are left out. No fidelity is claimed.
+    learned output scales and the self-distillation are left out. No fidelity is claimed.
     """
     return StraightThrough(structure, every=every, residual=decaying(0.0, 0, stop, "linear"), penalty=l1_decay(decay))
 
