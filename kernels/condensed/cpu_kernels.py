@@ -292,9 +292,7 @@ def tile(block: Any) -> None:
 
 
 @njit(error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
-def _store(
-    memory: Any, T: Any, rows: Any, width: Any, by_feature: Any, y_at: Any, stride: Any, n0: Any, base: Any
-) -> None:
+def _store(memory: Any, T: Any, rows: Any, width: Any, by_feature: Any, y_at: Any, stride: Any, n0: Any, base: Any) -> None:
     """Results [ROWS, T] of neurons n0.. and rows base.. to y."""
     if not by_feature and rows == ROWS and width == T:
         for b in range(0, T, 8 if BLOCK == 8 or T == 8 else 16):
