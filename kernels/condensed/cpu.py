@@ -91,21 +91,16 @@ class _Rows:
     def times(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x [B, C], rows or columns contiguous -> y [B, R], laid out like x."""
         rows = len(x)
-        by_feature = not x.is_contiguous()
-        y = torch.empty((self.outputs, rows) if by_feature else (rows, self.outputs))
+        by_feature = rows > 1 and not x.is_contiguous()
+        y = torch.empty_strided((rows, self.outputs), (1, rows) if by_feature else (self.outputs, 1))
+        bias_at = 0 if bias is None else bias.data_ptr()
         width = _width(rows, self.inputs)
-        # As many tiles at a time as the cache holds, so that what was packed is still there when it is read.
-        together = width * max(1, _cache_bytes() // 2 // (4 * width * self.inputs))
-        for first in range(0, rows, together):
-            part = x[first : first + together] if rows > together else x
-            tiles = _packed(part, width)
-            _run(
-                cpu_kernels.tile, values.numel() * len(part), self.outputs, self.starts.data_ptr(),
-                self.columns.data_ptr(), values.data_ptr(), 0 if bias is None else bias.data_ptr(), tiles.data_ptr(),
-                self.inputs, width, len(part), by_feature, y.data_ptr() + 4 * first * (1 if by_feature else self.outputs),
-                y.stride(0),
-            )  # fmt: skip
-        return y.T if by_feature else y
+        tiles = _packed(x, width)
+        _run(
+            cpu_kernels.tile, values.numel() * rows, self.outputs, self.starts.data_ptr(), self.columns.data_ptr(),
+            values.data_ptr(), bias_at, tiles.data_ptr(), self.inputs, width, rows, by_feature, y.data_ptr(),
+        )  # fmt: skip
+        return y
 
 
 def _width(rows: int, inputs: int) -> int:
@@ -121,7 +116,8 @@ def _packed(x: Tensor, width: int) -> Tensor:
         return x.T
     count = -(-rows // width)
     tiles = torch.empty(count, inputs, width)
-    _run(cpu_kernels.pack, tiles.numel(), x.data_ptr(), *x.stride(), rows, inputs, width, count, tiles.data_ptr())
+    strides = (inputs, 1) if x.is_contiguous() else (1, rows)
+    _run(cpu_kernels.pack, tiles.numel(), x.data_ptr(), *strides, rows, inputs, width, count, tiles.data_ptr())
     return tiles
 
 

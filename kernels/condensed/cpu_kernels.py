@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BLOCK = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # sums of so many lanes that fit the registers
 AHEAD = 4096  # bytes; the hardware stops reading ahead at the end of a page
+SIDE = 8  # of the squares that are transposed in registers
 ROWS = 16  # results that are computed before they are stored: one cache line of each row of y
 CHUNK = 64  # rows of one work item
 LANES = 32  # of the sampled products
@@ -77,18 +78,17 @@ def _take(typing: Any, block: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-@intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(typing: Any, address: Any) -> Any:
-    """Start to bring the cache line at an address, which may lie outside the process."""
+def _prefetch(typing: Any, address: Any, write: Any) -> Any:
+    """Start to bring the cache line at an address, which may lie outside the process, to read (0) or to write (1)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(prefetch, [builder.inttoptr(args[0], byte), I32(0), I32(3), I32(1)])
+        builder.call(prefetch, [builder.inttoptr(args[0], byte), I32(write.literal_value), I32(3), I32(1)])
         return context.get_dummy_value()
 
-    return types.void(types.intp), generate
+    return types.void(address, write), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -140,28 +140,28 @@ def _dot(
 
 @intrinsic
 def _transpose(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
-    """target[j, i] = source[i, j] for i, j < length; addresses, and strides of the rows in numbers."""
+    """target[j, i] = source[i, j] for i, j < SIDE; addresses, and strides of the rows in numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, source, source_stride, target, target_stride = args
+        source, source_stride, target, target_stride = args
         rows = [
-            builder.load(_vector_at(builder, source, length, builder.mul(source_stride, I64(i))), align=4)
-            for i in range(length)
+            builder.load(_vector_at(builder, source, SIDE, builder.mul(source_stride, I64(i))), align=4)
+            for i in range(SIDE)
         ]
-        half = length // 2
+        half = SIDE // 2
         while half:  # swap the off-diagonal quarters of ever smaller squares
-            upper = [lane + length - half if lane & half else lane for lane in range(length)]
-            lower = [lane + length if lane & half else lane + half for lane in range(length)]
-            for i in range(length):
+            upper = [lane + SIDE - half if lane & half else lane for lane in range(SIDE)]
+            lower = [lane + SIDE if lane & half else lane + half for lane in range(SIDE)]
+            for i in range(SIDE):
                 if not i & half:
                     a, b = rows[i], rows[i + half]
                     rows[i], rows[i + half] = _shuffle(builder, a, b, upper), _shuffle(builder, a, b, lower)
             half //= 2
         for j, row in enumerate(rows):
-            builder.store(row, _vector_at(builder, target, length, builder.mul(target_stride, I64(j))), align=4)
+            builder.store(row, _vector_at(builder, target, SIDE, builder.mul(target_stride, I64(j))), align=4)
         return context.get_dummy_value()
 
-    return types.void(side, *[types.intp] * 4), generate
+    return types.void(*[types.intp] * 4), generate
 
 
 @intrinsic
@@ -203,19 +203,20 @@ def _sampled(
 def gemv(block: Any) -> None:
     """One row of input: y [N] from x [I]. Block: counter, N, K, values, columns, x, bias or 0, y."""
     a = carray(block, (8,), np.int64)
-    N, K, values_at, columns_at, biased = a[1], a[2], a[3], a[4], a[6] != 0
-    values = carray(_pointer(values_at, np.float32), (N, K))
-    columns = carray(_pointer(columns_at, np.uint16), (N, K))
+    N, K = a[1], a[2]
+    values = carray(_pointer(a[3], np.float32), (N, K))
+    columns = carray(_pointer(a[4], np.uint16), (N, K))
     x = carray(_pointer(a[5], np.float32), (65536,))
     bias = carray(_pointer(a[6], np.float32), (N,))
     y = carray(_pointer(a[7], np.float32), (N,))
+    biased = a[6] != 0
     first = _take(block) * CHUNK
     while first < N:
         for n in range(first, min(first + CHUNK, N)):
             for line in range(0, K, 16):
-                _prefetch(values_at + 4 * (K * n + line) + AHEAD)
+                _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
             for line in range(0, K, 32):
-                _prefetch(columns_at + 2 * (K * n + line) + AHEAD // 2)
+                _prefetch(a[4] + 2 * (K * n + line) + AHEAD // 2, 0)
             total = np.float32(0)
             for k in range(K):
                 total += values[n, k] * x[columns[n, k]]
@@ -229,10 +230,9 @@ def pack(block: Any) -> None:
     Block: counter, x, stride of its rows, stride of its columns (one of the two is 1), B, I, T, tiles, target.
     """
     a = carray(block, (9,), np.int64)
-    x_at, row_stride, column_stride, B, I, T, tiles, target_at = a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-    x = carray(_pointer(x_at, np.float32), (B * row_stride + I * column_stride,))
-    target = carray(_pointer(target_at, np.float32), (tiles, I, T))
-    side = 16 if BLOCK == 16 and T > 8 else 8
+    row_stride, column_stride, B, I, T, tiles = a[2], a[3], a[4], a[5], a[6], a[7]
+    x = carray(_pointer(a[1], np.float32), (B * I,))
+    target = carray(_pointer(a[8], np.float32), (tiles, I, T))
     chunks = (I + CHUNK - 1) // CHUNK
     work = _take(block)
     while work < tiles * chunks:  # the tiles of a chunk one after the other: they share the rows of a transposed x
@@ -240,14 +240,11 @@ def pack(block: Any) -> None:
         last, rows = min(first + CHUNK, I), min(T, B - t * T)
         done = first
         if column_stride == 1 and rows == T:
-            while done + side <= last:
-                for b in range(0, T, side):
-                    source, to = x_at + 4 * ((t * T + b) * row_stride + done), target_at + 4 * ((t * I + done) * T + b)
-                    if side == 16:
-                        _transpose(16, source, row_stride, to, T)
-                    else:
-                        _transpose(8, source, row_stride, to, T)
-                done += side
+            while done + SIDE <= last:
+                for b in range(0, T, SIDE):
+                    source = a[1] + 4 * ((t * T + b) * row_stride + done)
+                    _transpose(source, row_stride, a[8] + 4 * ((t * I + done) * T + b), T)
+                done += SIDE
         for i in range(done, last):
             for b in range(rows):
                 target[t, i, b] = x[(t * T + b) * row_stride + i * column_stride]
@@ -260,53 +257,49 @@ def tile(block: Any) -> None:
     """A sparse matrix, given by rows, times packed tiles.
 
     Block: counter, N, starts [N + 1], columns, values, bias or 0, tiles [.., I, T], I, T, B, feature-major or not,
-    y [N, ..] or [.., N], stride of its rows.
+    y [N, B] or [B, N].
     """
-    a = carray(block, (13,), np.int64)
-    N, columns_at, values_at, biased, x_at, I, T, B = a[1], a[3], a[4], a[5] != 0, a[6], a[7], a[8], a[9]
-    by_feature, y_at, stride = a[10] != 0, a[11], a[12]
+    a = carray(block, (12,), np.int64)
+    N, I, T, B, by_feature = a[1], a[7], a[8], a[9], a[10]
     starts = carray(_pointer(a[2], np.int64), (N + 1,))
     bias = carray(_pointer(a[5], np.float32), (N,))
+    y = carray(_pointer(a[11], np.float32), (N * B,))
     memory = _scratch(512)  # ROWS · 32
+    results = carray(_pointer(memory, np.float32), (512,))
     tiles, chunks = (B + T - 1) // T, (N + CHUNK - 1) // CHUNK
     work = _take(block)
     while work < tiles * chunks:  # tile after tile, which keeps the tile in the cache
         t, first = work // chunks, work % chunks * CHUNK
-        base, x, width = t * T, x_at + 4 * T * I * t, min(T, B - t * T)
-        direct = by_feature and width == T
+        base, x, width = t * T, a[6] + 4 * T * I * t, min(T, B - t * T)
         for n0 in range(first, min(first + CHUNK, N), ROWS):
             rows = min(ROWS, N - n0)
+            direct = by_feature and width == T
             for r in range(rows):
-                p, count = starts[n0 + r], starts[n0 + r + 1] - starts[n0 + r]
-                begin = bias[n0 + r] if biased else np.float32(0)
-                out = y_at + 4 * ((n0 + r) * stride + base) if direct else memory + 4 * r * T
+                n = n0 + r
+                p, count = starts[n], starts[n + 1] - starts[n]
+                begin = bias[n] if a[5] else np.float32(0)
+                out = a[11] + 4 * (n * B + base) if direct else memory + 4 * r * T
                 if T == 32:
-                    _dot(32, 2, values_at + 4 * p, columns_at + 2 * p, count, x, begin, out)
+                    _dot(32, 2, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
                 elif T == 16:
-                    _dot(16, 4, values_at + 4 * p, columns_at + 2 * p, count, x, begin, out)
+                    _dot(16, 4, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
                 else:
-                    _dot(8, 4, values_at + 4 * p, columns_at + 2 * p, count, x, begin, out)
-            if not direct:
-                _store(memory, T, rows, width, by_feature, y_at, stride, n0, base)
-        work = _take(block)
-
-
-@njit(error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
-def _store(memory: Any, T: Any, rows: Any, width: Any, by_feature: Any, y_at: Any, stride: Any, n0: Any, base: Any) -> None:
-    """Results [ROWS, T] of neurons n0.. and rows base.. to y."""
-    if not by_feature and rows == ROWS and width == T:
-        for b in range(0, T, 8 if BLOCK == 8 or T == 8 else 16):
-            if BLOCK == 8 or T == 8:
-                for r in range(0, ROWS, 8):
-                    _transpose(8, memory + 4 * (r * T + b), T, y_at + 4 * ((base + b) * stride + n0 + r), stride)
+                    _dot(8, 4, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+            if direct:
+                continue
+            if by_feature:
+                for r in range(rows):
+                    for b in range(width):
+                        y[(n0 + r) * B + base + b] = results[r * T + b]
+            elif rows == ROWS and width == T:
+                for b in range(0, T, SIDE):
+                    for r in range(0, ROWS, SIDE):
+                        _transpose(memory + 4 * (r * T + b), T, a[11] + 4 * ((base + b) * N + n0 + r), N)
             else:
-                _transpose(16, memory + 4 * b, T, y_at + 4 * ((base + b) * stride + n0), stride)
-        return
-    results = carray(_pointer(memory, np.float32), (512,))
-    for r in range(rows):
-        for b in range(width):
-            place = (n0 + r) * stride + base + b if by_feature else (base + b) * stride + n0 + r
-            carray(_pointer(y_at + 4 * place, np.float32), (1,))[0] = results[r * T + b]
+                for b in range(width):
+                    for r in range(rows):
+                        y[(base + b) * N + n0 + r] = results[r * T + b]
+        work = _take(block)
 
 
 def sample(block: Any) -> None:
