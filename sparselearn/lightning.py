@@ -1,26 +1,35 @@
 """SparsityCallback: sparse training for an unchanged LightningModule."""
 
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparselearn import distributed
 from sparselearn.criteria import Criterion
 from sparselearn.distributions import Distribution, erk
 from sparselearn.errors import SparsityError
+from sparselearn.masked_model import Init
 from sparselearn.methods import DropGrow, StraightThrough
 from sparselearn.optimizer import SparseOptimizer
 from sparselearn.selection import Select
-from sparselearn.sparsifier import Init, Sparsifier
+from sparselearn.sparsifier import Sparsifier
 
 
 class SparsityCallback(pl.Callback):
     """Keeps the module sparse from before the sanity check to the end of training.
 
-    The arguments are those of `Sparsifier`. Automatic and manual optimization, several optimizers, accumulation,
+    The arguments are those of `Sparsifier`, and `save`, a folder: sparse checkpoints (see `sparselearn.checkpoint`) are
+    written to `last` in it at the end of training, and to `best` whenever the first ModelCheckpoint with a `monitor`
+    saves its best model so far. They hold the weights that validation used: of the average, with WeightAveraging. While
+    a decaying method still uses weights outside of its masks, a warning takes the place of the checkpoint.
+
+    Automatic and manual optimization, several optimizers, accumulation,
     16-mixed, bf16-mixed, `gradient_clip_val` (masked gradients are clipped), DDP, `ckpt_path=` resume and
     WeightAveraging (its average has the same zeros) need nothing more. `sparsity/*` metrics go to every logger, at the
     start and at each mask update. With manual optimization, clip after `callback.sparsifier.before_step(optimizer)`.
@@ -49,6 +58,7 @@ class SparsityCallback(pl.Callback):
         initial: Criterion | None = None,
         init: Init | None = None,
         density_scaling: bool = False,
+        save: str | Path | None = None,
     ) -> None:
         self.sparsifier: Sparsifier | None = None
         self._method = method
@@ -68,6 +78,8 @@ class SparsityCallback(pl.Callback):
         self._saved: dict[str, Any] | None = None  # a state that arrived before there was a sparsifier
         self._hooks: list[Any] = []
         self._averages: list[WeightAveraging] = []
+        self._folder = None if save is None else Path(save)
+        self._best: tuple[str, float | None] = "", None  # path and score of the best model that is saved
 
     # ---- life ----------------------------------------------------------------------------------------------
 
@@ -90,6 +102,7 @@ class SparsityCallback(pl.Callback):
         if self._saved is not None:  # sharded strategies restore callbacks only now
             sparsifier.load_state_dict(self._saved)
             self._saved = None
+        self._best = _best(trainer)
         self._remove_hooks()
         self._refuse_clipping(trainer)
         trained = False
@@ -137,6 +150,7 @@ class SparsityCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log(trainer)
         self._remove_hooks()
+        self._save(trainer, pl_module, "last")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close_skipped(trainer)
@@ -214,6 +228,46 @@ class SparsityCallback(pl.Callback):
         """A straight-through method goes on from its dense weights, so the checkpoint holds those."""
         if self.sparsifier is not None and self._module is pl_module and "state_dict" in checkpoint:
             checkpoint["state_dict"] |= self.sparsifier.dense_state(checkpoint["state_dict"])
+        if self._hooks and (best := _best(trainer)) != self._best:  # in training; it is known before it is written
+            self._best = best
+            self._save(trainer, pl_module, "best")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
+        """Write a sparse checkpoint, where one is wanted; called by all processes."""
+        if self._folder is None or trainer.fast_dev_run:
+            return
+        from sparselearn.checkpoint import save  # here, since few need safetensors
+
+        averages = (callback._average_model for callback in self._averages)
+        model = next((average.module for average in averages if average is not None), pl_module)
+        if self._uses_inactive(model):
+            warnings.warn(
+                f"The sparse checkpoint `{self._folder / name}` was not written at step {trainer.global_step}: the "
+                "model still uses weights outside of its masks. Train until the method's decay has ended.",
+                stacklevel=2,
+            )
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        position = {"epoch": trainer.current_epoch, "global_step": trainer.global_step}
+        save(model, self._folder / name, masks=self._bound(), metadata=position)
+        trainer.strategy.barrier("sparse checkpoint")
+
+    def _uses_inactive(self, model: nn.Module) -> bool:
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        layers = self._bound().state.layers
+        used = any(
+            bool(distributed.local(weights[name].detach())[distributed.local(layer.inactive)].any())
+            for name, layer in layers.items()
+        )
+        return distributed.any_rank(used, next(iter(weights.values())).device)
+
+
+def _best(trainer: pl.Trainer) -> tuple[str, float | None]:
+    """Path and score of the best model of the first ModelCheckpoint that has a monitor."""
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+    if not savers or savers[0].best_model_score is None:
+        return "", None
+    return savers[0].best_model_path, float(savers[0].best_model_score)

@@ -4,28 +4,23 @@ An optimizer step is `before_step(optimizer)`, clipping if any, the optimizer's 
 optimizer wrapper and the Lightning callback are thin callers of these two.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from sparselearn import distributed, first_masks, latent, scaling, statistics
-from sparselearn.criteria import Criterion, Layer, Tracker, check_score, fired, grown
-from sparselearn.distributions import Distribution, budgets, erk
+from sparselearn import distributed, latent, scaling, statistics
+from sparselearn.criteria import Criterion, Layer, Tracker
+from sparselearn.distributions import Distribution, erk
 from sparselearn.errors import SparsityError
+from sparselearn.masked_model import Init, MaskedModel
 from sparselearn.methods.drop_grow import DropGrow
 from sparselearn.methods.straight_through import StraightThrough
-from sparselearn.selection import Select, Weight, match_all, select_weights
-from sparselearn.state import LayerState, SparseState, generator, pack, unpack
-from sparselearn.structures import Structure
-
-Init = Literal["keep", "density", "fan_in"]
+from sparselearn.selection import Select, Weight
+from sparselearn.state import LayerState, pack, unpack
 
 
 def _refuse(optimizer: Optimizer) -> None:
@@ -49,7 +44,7 @@ class _OpenStep:
     groups: list[dict[str, Any]] | None = None  # the optimizer's own groups while it sees scaled ones
 
 
-class Sparsifier:
+class Sparsifier(MaskedModel):
     """A model whose selected weights are sparse, now and after every optimizer step.
 
     Building one draws the masks and zeroes the weights outside them. To resume, build it the same way and call
@@ -97,127 +92,24 @@ class Sparsifier:
         density_scaling: bool = False,
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
-        distributed.refuse_unsupported(model)
-        self.method = method
-        self.distribution = distribution
         self.density_scaling = density_scaling
-        init = init or ("density" if density_scaling else "keep")
-        if init not in ("keep", "density", "fan_in"):
-            raise SparsityError(f"`init` must be 'keep', 'density' or 'fan_in'; got {init!r}.")
-        self._weights = {w.name: w for w in select_weights(model, select, exclude)}
-        self._shapes = {name: w.parameter.shape for name, w in self._weights.items()}
-        self._density = 1 - first_masks.required_sparsity(sparsity, method.structure, self._shapes)
-        self._override = {
-            name: 1 - first_masks.checked_sparsity(value)
-            for pattern, value in reversed(list((overrides or {}).items()))
-            for name in match_all("overrides", [pattern], self._weights)[pattern]
-        }
-        self._open: dict[int, _OpenStep] = {}  # by id(optimizer.state), which an optimizer shares with its wrappers
-        self._listeners: dict[str, list[Callable[[], None]]] = {"before": [], "after": []}
-        self._expected: dict[str, dict[str, int]] = {}  # nonzero weights at the save, until checked after a resume
         self._compared = False  # whether ranks have been seen to start from equal masks and clocks
         self.last_update: dict[str, float] = {}
         self._samples: dict[str, list[Any]] = {}  # what straight-through methods saw on the last sampled step
-        self.state = SparseState(seed)
-        self.trackers: tuple[Tracker, ...] = method.trackers
-        if isinstance(method, DropGrow) and method.updates is not None:  # for the exploration rate
-            self.trackers = tuple(dict.fromkeys((*method.trackers, fired(), grown())))
-        self._draw(support, initial, init if state_dict is None else "keep", restore=state_dict is not None)
-        self._observe()
-        if state_dict is not None:
-            self.load_state_dict(state_dict)
-            if isinstance(method, StraightThrough):
-                self._adopt()
-            self._check_resumed()
-            self.apply_masks()
-
-    # ---- building ----------------------------------------------------------------------------------------
-
-    def _budgets(self, step: int) -> dict[str, int]:
-        """nnz of every layer at this step, by the distribution."""
-        method = self.method
-        structure = method.structure if isinstance(method, DropGrow) else method.structure_at(step)
-        if structure is None:
-            return {name: shape.numel() for name, shape in self._shapes.items()}
-        at = partial(method.density, step) if method.density is not None else lambda density: density
-        free = {name: shape for name, shape in self._shapes.items() if name not in self._override}
-        most = None
-        if isinstance(method, DropGrow) and method.grow is None and method.reallocate is None:
-            most = {name: layer.nnz for name, layer in self.state.layers.items() if name in free}
-        try:
-            nnz = budgets(structure, free, self.distribution(free, at(self._density)), most) if free else {}
-            for name, density in self._override.items():
-                nnz[name] = structure.budget(self._shapes[name], at(density) if density < 1 else 1.0)
-        except SparsityError as error:
-            raise SparsityError(self._blame(structure, str(error))) from error
-        first_masks.check_counts(nnz, self._shapes)
-        return {name: nnz[name] for name in self._shapes}
-
-    def _blame(self, structure: Structure, message: str) -> str:
-        """The message with the name of the layer that the structure refused, if it was one."""
-        for name, shape in self._shapes.items():
-            try:
-                structure.budget(shape, 1.0)
-            except SparsityError as error:
-                return f"`{name}`: {error} Or leave this layer out with `exclude`."
-        return message
-
-    @torch.no_grad()
-    def _draw(
-        self, support: float | Mapping[str, Tensor] | None, score: Criterion | None, init: Init, restore: bool
-    ) -> None:
-        nnz = self._budgets(0)
-        within = first_masks.supports(
-            support, self._shapes, self._override, nnz, self.method.structure, self.distribution, self.state.seed
+        super().__init__(
+            model,
+            method,
+            sparsity=sparsity,
+            distribution=distribution,
+            select=select,
+            exclude=exclude,
+            overrides=overrides,
+            seed=seed,
+            support=support,
+            initial=initial,
+            init=init or ("density" if density_scaling else "keep"),
+            state_dict=state_dict,
         )
-        for name, weight in self._weights.items():
-            parameter, shape = weight.parameter, self._shapes[name]
-            ones = torch.ones(shape, dtype=torch.bool, device=parameter.device)
-            layer = LayerState(distributed.place_like(ones, parameter), nnz[name])
-            if name in within:
-                layer.support = distributed.place_like(within[name], parameter)
-            self.state.layers[name] = layer
-            if isinstance(self.method, StraightThrough):
-                layer.dense = parameter.data.clone()
-                self._remember(name, weight, layer)
-                latent.refresh(self.method, layer, self._view(name, layer.dense, layer, None, {}), nnz[name])
-                if not restore:
-                    scaling.rescale_initial(layer.dense, layer.mask, weight.fan_in_dims, init)
-                latent.project(self.method, parameter.data, self._view(name, layer.dense, layer, None, {}))
-                continue
-            mask = self._first_mask(name, weight, layer, nnz[name], score)
-            layer.set_mask(distributed.place_like(mask, parameter), nnz[name])
-            if not restore:
-                scaling.rescale_initial(parameter.data, layer.mask, weight.fan_in_dims, init)
-                distributed.local(parameter.data).masked_fill_(distributed.local(layer.inactive), 0)
-            self._remember(name, weight, layer)
-
-    def _first_mask(self, name: str, weight: Weight, layer: LayerState, nnz: int, score: Criterion | None) -> Tensor:
-        structure = self.method.structure
-        if score is None:
-            support = None if layer.support is None else distributed.full(layer.support)
-            values = first_masks.random_score(name, self._shapes[name], support, self.state.seed)
-        else:
-            view = self._view(name, weight.parameter, layer, weight.parameter.grad, {})
-            values = check_score(score(view), view, "initial").float()
-            if view.support is not None:
-                values = values.masked_fill(~view.support, -torch.inf)
-        mask = structure.topk(values, nnz)
-        structure.check(mask, nnz)
-        return mask
-
-    def _remember(self, name: str, weight: Weight, layer: LayerState) -> None:
-        """The first values of the trackers."""
-        view = self._view(name, weight.parameter, layer, None, {})
-        layer.memory = {t.key: distributed.place_like(t.init(view), weight.parameter) for t in self.trackers}
-
-    def _observe(self) -> None:
-        """Let trackers see the forward passes of the modules that own the weights."""
-        for tracker in self.trackers:
-            if not hasattr(tracker, "observe"):
-                continue
-            for name, weight in self._weights.items():
-                weight.module.register_forward_hook(latent.Observer(tracker, self.state.layers[name]))
 
     # ---- one step ----------------------------------------------------------------------------------------
 
@@ -233,8 +125,7 @@ class Sparsifier:
             clock = max(layer.step for _, layer in found.values())
             for weight, layer in found.values():
                 layer.step = clock
-                if layer.mask.device != weight.parameter.device or type(layer.mask) is not type(weight.parameter.data):
-                    layer.move_like(weight.parameter.data)
+                layer.follow(weight.parameter.data)
         return found
 
     def trains(self, optimizer: Optimizer) -> bool:
@@ -275,7 +166,7 @@ class Sparsifier:
         self._check_resumed()
         first = next(iter(layers.values()))[1]
         due = self.method.due(first.step) or first.deferred
-        opened = self._open.setdefault(id(optimizer.state), _OpenStep(due))
+        opened: _OpenStep = self._open.setdefault(id(optimizer.state), _OpenStep(due))
         grads = {n: w.parameter.grad for n, (w, _) in layers.items() if w.parameter.grad is not None}
         self._track_gradients(grads, layers, opened)
         if isinstance(self.method, StraightThrough):
@@ -369,7 +260,7 @@ class Sparsifier:
         layers = self._layers_of(optimizer)
         if not layers:
             return
-        opened = self._open.pop(id(optimizer.state), None)
+        opened: _OpenStep | None = self._open.pop(id(optimizer.state), None)
         if opened is None:
             raise SparsityError("`after_step` came without `before_step`. Call before_step between backward and step.")
         if opened.groups is not None:
@@ -433,26 +324,6 @@ class Sparsifier:
             step = next(iter(layers.values()))[1].step - 1
             self.last_update, self._samples = {"step": step} | statistics.of_samples(self._samples), {}
 
-    def _tell(self, when: str) -> None:
-        for listener in self._listeners[when]:
-            listener()
-
-    def _view(
-        self, name: str, weight: Tensor, layer: LayerState, grad: Tensor | None, state: Mapping[str, Tensor]
-    ) -> Layer:
-        full = distributed.full
-        return Layer(
-            name=name,
-            weight=full(weight.detach()),
-            grad=None if grad is None else full(grad),
-            mask=full(layer.mask),
-            optimizer_state={key: full(value) for key, value in state.items()},
-            step=layer.step,
-            generator=generator(self.state.seed, layer.step, name),
-            memory={key: full(value) for key, value in layer.memory.items()},
-            support=None if layer.support is None else full(layer.support),
-        )
-
     def _update(
         self, optimizer: Optimizer, layers: dict[str, tuple[Weight, LayerState]], grads: dict[str, Tensor]
     ) -> None:
@@ -501,163 +372,7 @@ class Sparsifier:
             return mask
         return unpack(distributed.from_rank_0(pack(mask), view.name, view.step), mask.shape)
 
-    def _move(self, optimizers: Iterable[Optimizer], view: Layer, mask: Tensor, stay: Tensor) -> int:
-        """Give one layer its new mask, of which the weights of `stay` keep value and optimizer state, the others start
-        anew; returns how many those are."""
-        weight, layer, method = self._weights[view.name], self.state.layers[view.name], self.method
-        parameter, nnz, new = weight.parameter, int(mask.sum()), mask & ~stay
-        if isinstance(method, DropGrow) and bool(new.any()):
-            values = method.grow_init(view).to(view.weight.dtype)
-            placed = distributed.place_like(new, parameter.data)
-            local_values = distributed.local(distributed.place_like(values, parameter.data))
-            local_weight = distributed.local(parameter.data)
-            local_weight.copy_(torch.where(distributed.local(placed), local_values, local_weight))
-        reset = method.optimizer_state == "reset" and nnz > layer.nnz
-        placed_stay = distributed.place_like(stay, parameter.data)
-        layer.set_mask(distributed.place_like(mask, parameter.data), nnz)
-        distributed.local(parameter.data).masked_fill_(distributed.local(layer.inactive), 0)
-        if method.optimizer_state != "keep":
-            for optimizer in optimizers:
-                self._zero_state(self._slots(optimizer, weight), torch.ones_like(stay) if reset else ~placed_stay)
-        if "grown" in layer.memory:
-            layer.memory["grown"] = distributed.place_like(new, parameter.data)
-        for tracker in self.trackers:
-            current = {key: distributed.full(value) for key, value in layer.memory.items()}
-            after = view._replace(mask=mask, weight=distributed.full(parameter.detach()), memory=current)
-            value = tracker.after_update(after, current[tracker.key])
-            layer.memory[tracker.key] = distributed.place_like(value, parameter.data)
-        return int(new.sum())
-
-    @torch.no_grad()
-    def set_masks(self, masks: Mapping[str, Tensor], *optimizers: Optimizer) -> None:
-        """Impose masks (bool, by name; layers left out keep theirs), for outer loops such as iterative pruning.
-
-        Weights that leave are zeroed; those that enter start at the method's `grow_init`. State of both is zeroed in
-        the optimizers given. With straight-through methods the next refresh chooses anew.
-
-        Raises:
-            SparsityError: an unknown name, another shape, an empty mask; or a step is open.
-        """
-        if self._open:
-            raise SparsityError("`set_masks` came between `before_step` and `after_step`. Close the step first.")
-        for name, mask in masks.items():
-            if name not in self._weights:
-                raise SparsityError(f"`set_masks` names `{name}`, which is not a sparse weight of the model.")
-            if mask.shape != self._shapes[name] or mask.dtype != torch.bool or not bool(mask.any()):
-                raise SparsityError(
-                    f"`set_masks` needs a bool mask of shape {list(self._shapes[name])} with at least one active "
-                    f"weight for `{name}`; got {mask.dtype} of shape {list(mask.shape)} with {int(mask.sum())}."
-                )
-        for name, mask in masks.items():
-            layer, parameter = self.state.layers[name], self._weights[name].parameter
-            view = self._view(name, parameter, layer, parameter.grad, {})
-            mask = mask.to(view.weight.device)
-            self._move(optimizers, view, mask, mask & view.mask)
-            if isinstance(self.method, StraightThrough):
-                latent.project(self.method, parameter.data, self._view(name, layer.dense, layer, None, {}))
-        self._tell("after")
-
-    @contextmanager
-    def dense_weights(self) -> Iterator[None]:
-        """The dense weights of a straight-through method in the model, to save them or to load others.
-
-            with sparsifier.dense_weights():
-                torch.save(model.state_dict(), "model.pt")
-
-        What the model holds at the end becomes the dense weights. With other methods nothing changes.
-        """
-        if any(opened.entered for opened in self._open.values()):
-            raise SparsityError("`dense_weights` came between `before_step` and `after_step`. Close the step first.")
-        if isinstance(self.method, StraightThrough):
-            for name, weight in self._weights.items():
-                distributed.local(weight.parameter.data).copy_(distributed.local(self.state.layers[name].dense))
-        try:
-            yield
-        finally:
-            if isinstance(self.method, StraightThrough):
-                self._adopt()
-
-    def dense_state(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The dense weights for those entries of a model's state dict that a straight-through method trains; empty with
-        other methods. Sharded where the entry is, else whole and on its device."""
-        dense = {name: layer.dense for name, layer in self.state.layers.items() if layer.dense.numel()}
-        return {
-            name: value.detach().clone()
-            if isinstance(state_dict[name], DTensor)
-            else distributed.full(value).detach().to(state_dict[name].device, copy=True)
-            for name, value in dense.items()
-            if name in state_dict
-        }
-
-    @torch.no_grad()
-    def _adopt(self) -> None:
-        """Take the model's weights for the dense ones, and project them."""
-        assert isinstance(self.method, StraightThrough)
-        for name, weight in self._weights.items():
-            layer = self.state.layers[name]
-            distributed.local(layer.dense).copy_(distributed.local(weight.parameter.data))
-            latent.project(self.method, weight.parameter.data, self._view(name, layer.dense, layer, None, {}))
-
-    @staticmethod
-    def _slots(optimizer: Optimizer, weight: Weight) -> dict[str, Tensor]:
-        """The optimizer's state that has one number per weight."""
-        parameter = weight.parameter
-        state = optimizer.state.get(parameter, {})
-        return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
-
-    @staticmethod
-    def _zero_state(slots: Mapping[str, Tensor], where: Tensor) -> int:
-        """Zero optimizer state at these positions; returns how many tensors there were."""
-        for slot in slots.values():
-            distributed.local(slot).masked_fill_(distributed.local(where), 0)
-        return len(slots)
-
     # ---- what a user looks at ------------------------------------------------------------------------------
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken (of the optimizer that is furthest, where there are several)."""
-        return max(layer.step for layer in self.state.layers.values())
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """The masks by name, bool, True = active. For reading."""
-        return {name: layer.mask for name, layer in self.state.layers.items()}
-
-    @property
-    def densities(self) -> dict[str, float]:
-        """nnz / size of every sparse layer."""
-        return {name: layer.nnz / layer.mask.numel() for name, layer in self.state.layers.items()}
-
-    @property
-    def nnz(self) -> int:
-        """Active weights in all sparse layers."""
-        return sum(layer.nnz for layer in self.state.layers.values())
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of inactive weights over all sparse layers."""
-        return 1 - self.nnz / sum(shape.numel() for shape in self._shapes.values())
-
-    def on_update(self, listener: Callable[[], None], *, when: Literal["before", "after"] = "after") -> None:
-        """Call this at every mask update: before it (the model is as the step left it) or after it."""
-        self._listeners[when].append(listener)
-
-    @torch.no_grad()
-    def apply_masks(self, model: nn.Module | None = None) -> None:
-        """Zero inactive weights of the model, or of a copy of it (an EMA or SWA average)."""
-        if model is None:
-            for name, weight in self._weights.items():
-                layer = self.state.layers[name]
-                distributed.local(weight.parameter.data).masked_fill_(distributed.local(layer.inactive), 0)
-            return
-        named = {
-            name.removeprefix("module."): p for name, p in model.named_parameters(remove_duplicate=False)
-        }  # AveragedModel and DDP add "module."
-        for name, layer in self.state.layers.items():
-            if name not in named:
-                raise SparsityError(f"`apply_masks` found no `{name}` in the model it was given: is it a copy of ours?")
-            named[name].masked_fill_(layer.inactive.to(named[name].device), 0)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger, under "sparsity/": those of `statistics.of_masks`, and of the last update
@@ -672,63 +387,6 @@ class Sparsifier:
         values |= {key: float(value) for key, value in self.last_update.items() if key != "step"}
         return {f"sparsity/{key}": value for key, value in values.items()}
 
-    def summary(self) -> str:
-        """A table: shape, density of the mask, nnz, and nonzero weights (fewer, just after growth at zero)."""
-        weights = self._weights
-        return statistics.table(
-            weights, self.state.layers, lambda name: distributed.full(weights[name].parameter.detach())
-        )
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masks (one bit per weight), counts, clocks and trackers; whole, on the CPU. A collective when sharded."""
-        saved = self.state.state_dict()
-        for name in self._weights:
-            saved["layers"][name] |= self._nonzero(name)
-        return saved
-
-    def _nonzero(self, name: str) -> dict[str, int]:
-        """Trained weights that are not zero, inside and outside of the mask."""
-        layer = self.state.layers[name]
-        trained = layer.dense if layer.dense.numel() else self._weights[name].parameter.detach()
-        nonzero, mask = distributed.full(trained) != 0, distributed.full(layer.mask)
-        return {"nonzero": int((nonzero & mask).sum()), "hidden": int((nonzero & ~mask).sum())}
-
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved state. The model's weights may be loaded before or after, but before the next step."""
-        if self._open:
-            raise SparsityError("`load_state_dict` came between `before_step` and `after_step`. Close the step first.")
-        self.state.load_state_dict(dict(saved), {name: w.parameter.data for name, w in self._weights.items()})
-        self._expected = {name: {k: row[k] for k in ("nonzero", "hidden")} for name, row in saved["layers"].items()}
+        super().load_state_dict(saved)
         self._compared = False
-        if isinstance(self.method, StraightThrough):
-            for name, weight in self._weights.items():  # the masks are new, the dense weights are as they were
-                layer = self.state.layers[name]
-                latent.project(self.method, weight.parameter.data, self._view(name, layer.dense, layer, None, {}))
-
-    def _check_resumed(self) -> None:
-        """After a load: the weights must be those that the masks were saved with."""
-        for name, expected in self._expected.items():
-            seen = self._nonzero(name)
-            if seen["nonzero"] < expected["nonzero"]:
-                raise SparsityError(
-                    f"`{name}` has {seen['nonzero']} nonzero weights inside the mask that was loaded; "
-                    f"{expected['nonzero']} were saved. The model's weights are not those of the checkpoint: load them "
-                    f"{self._how_to_load()}."
-                )
-            if isinstance(self.method, StraightThrough) and seen["hidden"] < expected["hidden"]:
-                raise SparsityError(
-                    f"`{name}` has {seen['hidden']} nonzero weights outside the mask that was loaded; "
-                    f"{expected['hidden']} were saved. A straight-through method goes on from dense weights, and these "
-                    f"were masked: save the model within `with sparsifier.dense_weights():`, and load it "
-                    f"{self._how_to_load()}."
-                )
-        self._expected = {}
-
-    def _how_to_load(self) -> str:
-        if isinstance(self.method, StraightThrough):
-            return "within `with sparsifier.dense_weights():`, or pass `state_dict=` for a model that is loaded already"
-        return (
-            "after building the Sparsifier, or pass `state_dict=` when building it for a model that is loaded already"
-        )

@@ -59,8 +59,10 @@ class LayerState:
         self.mask, self.nnz = mask, nnz
         self.inactive = ~mask  # kept, since masked_fill_ needs it on every step
 
-    def move_like(self, weight: Tensor) -> None:
-        """Follow the weight to its device, memory format or shards."""
+    def follow(self, weight: Tensor) -> None:
+        """Lie where the weight lies, if it was moved to another device or sharded."""
+        if self.mask.device == weight.device and type(self.mask) is type(weight):
+            return
         self.set_mask(distributed.place_like(self.mask, weight), self.nnz)
         if self.support is not None:
             self.support = distributed.place_like(self.support, weight)

@@ -106,3 +106,27 @@ def test_compiled_model_does_not_recompile_at_updates() -> None:
             compiled(torch.randn(8, 3, 12, 12, device="cuda")).square().mean().backward()
             optimizer.step()
     check_exact(model, sparsifier, optimizer)
+
+
+@pytest.mark.parametrize("method", [sl.rigl(stop=100, every=2), sl.sr_ste(sl.NM(2, 4))], ids=["rigl", "sr_ste"])
+def test_a_model_that_was_moved_to_the_cpu_is_saved_looked_at_and_masked(method: sl.DropGrow) -> None:
+    model = network().to("cuda")
+    exclude = ["0.weight"] if isinstance(method, sl.StraightThrough) else []
+    sparsity = None if isinstance(method, sl.StraightThrough) else 0.5
+    sparsifier = sl.Sparsifier(model, method, sparsity=sparsity, exclude=exclude)
+    optimizer = sl.SparseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), sparsifier)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, 8, 8, device="cuda")).square().mean().backward()
+        optimizer.step()
+    there = sparsifier.state_dict()
+    model.cpu()
+    here = sparsifier.state_dict()
+    for name, row in there["layers"].items():
+        assert row["nonzero"] == here["layers"][name]["nonzero"]
+        assert torch.equal(row["mask"], here["layers"][name]["mask"])
+    sparsifier.summary()
+    sparsifier.apply_masks()
+    with sparsifier.dense_weights():
+        pass
+    assert all(mask.device.type == "cpu" for mask in sparsifier.masks.values())

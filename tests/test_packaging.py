@@ -26,6 +26,7 @@ LAYERS = [
     ["state", "distributed", "selection"],
     ["scaling", "statistics", "first_masks"],
     ["latent"],
+    ["masked_model"],
     ["sparsifier"],
     ["optimizer", "wrappers"],
     ["flops"],
