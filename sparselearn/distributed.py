@@ -29,9 +29,13 @@ def local(t: Tensor) -> Tensor:
 def place_like(t: Tensor, weight: Tensor) -> Tensor:
     """A copy of `t` on the weight's device, in its memory format, sharded as it is. `t` is whole, or placed already.
 
-    A tensor of another shape is only moved to the device.
+    A tensor of another shape is only moved to the device. A mask that lies right is returned itself: masks are
+    replaced, never changed in place.
     """
     t = full(t)
+    there = t.device == weight.device and t.shape == weight.shape and not isinstance(weight, DTensor)
+    if t.dtype == torch.bool and there and t.stride() == weight.stride():
+        return t
     if t.shape != weight.shape:
         return t.detach().to(weight.device, copy=True)
     if isinstance(weight, DTensor):

@@ -115,7 +115,7 @@ class Budgets:
         if isinstance(support, Mapping):
             if unknown := [name for name in support if name not in self.shapes]:
                 raise SparsityError(f"`support` names `{unknown[0]}`, which is not a sparse weight of the model.")
-            result = {name: mask.bool() for name, mask in support.items()}
+            result = {name: mask.bool().clone() for name, mask in support.items()}
         else:
             free = {name: shape for name, shape in self.shapes.items() if name not in self.overrides}
             result = {}

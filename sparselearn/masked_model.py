@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sparselearn import distributed, first_masks, latent, scaling, statistics
-from sparselearn.criteria import Criterion, Layer, Tracker, check_score, fired, grown
+from sparselearn.criteria import Criterion, Layer, Tracker, check_score, fired, grown, tracker
 from sparselearn.distributions import Distribution
 from sparselearn.errors import SparsityError
 from sparselearn.methods.drop_grow import DropGrow
@@ -19,6 +19,11 @@ from sparselearn.selection import Select, Weight, select_weights
 from sparselearn.state import LayerState, SparseState, generator
 
 Init = Literal["keep", "density", "fan_in"]
+
+
+def _does(which: Tracker, hook: str) -> bool:
+    """Whether a tracker has a hook of its own, and not that of the base class, which does nothing."""
+    return getattr(type(which), hook) is not getattr(tracker, hook)
 
 
 class MaskedModel:
@@ -58,6 +63,8 @@ class MaskedModel:
         self.trackers: tuple[Tracker, ...] = method.trackers
         if isinstance(method, DropGrow) and method.updates is not None:  # for the exploration rate
             self.trackers = tuple(dict.fromkeys((*method.trackers, fired(), grown())))
+        self._after_step = [t for t in self.trackers if _does(t, "after_step")]
+        self._after_update = [t for t in self.trackers if _does(t, "after_update")]
         self._draw(support, initial, init if state_dict is None else "keep", restore=state_dict is not None)
         self._observe()
         if state_dict is not None:
@@ -127,11 +134,11 @@ class MaskedModel:
 
     def _observe(self) -> None:
         """Let trackers see the forward passes of the modules that own the weights."""
-        for tracker in self.trackers:
-            if not hasattr(tracker, "observe"):
+        for one in self.trackers:
+            if not hasattr(one, "observe"):
                 continue
             for name, weight in self._weights.items():
-                weight.module.register_forward_hook(latent.Observer(tracker, self.state.layers[name]))
+                weight.module.register_forward_hook(latent.Observer(one, self.state.layers[name]))
 
     def _layer(self, name: str) -> LayerState:
         """The state of one layer, which follows the weight to another device, memory format or shards."""
@@ -162,12 +169,12 @@ class MaskedModel:
 
     # ---- changing masks and weights -----------------------------------------------------------------------
 
-    def _move(self, optimizers: Iterable[Optimizer], view: Layer, mask: Tensor, stay: Tensor) -> int:
+    def _move(self, optimizers: Iterable[Optimizer], view: Layer, mask: Tensor, stay: Tensor) -> Tensor:
         """Give one layer its new mask, of which the weights of `stay` keep value and optimizer state, the others start
         anew; returns how many those are."""
         weight, layer, method = self._weights[view.name], self.state.layers[view.name], self.method
         parameter, nnz, new = weight.parameter, int(mask.sum()), mask & ~stay
-        if isinstance(method, DropGrow) and bool(new.any()):
+        if isinstance(method, DropGrow) and method.grow is not None:
             values = method.grow_init(view).to(view.weight.dtype)
             placed = distributed.place_like(new, parameter.data)
             local_values = distributed.local(distributed.place_like(values, parameter.data))
@@ -182,12 +189,12 @@ class MaskedModel:
                 self._zero_state(self._slots(optimizer, weight), torch.ones_like(stay) if reset else ~placed_stay)
         if "grown" in layer.memory:
             layer.memory["grown"] = distributed.place_like(new, parameter.data)
-        for tracker in self.trackers:
+        for one in self._after_update:
             current = {key: distributed.full(value) for key, value in layer.memory.items()}
             after = view._replace(mask=mask, weight=distributed.full(parameter.detach()), memory=current)
-            value = tracker.after_update(after, current[tracker.key])
-            layer.memory[tracker.key] = distributed.place_like(value, parameter.data)
-        return int(new.sum())
+            value = one.after_update(after, current[one.key])
+            layer.memory[one.key] = distributed.place_like(value, parameter.data)
+        return new.sum()
 
     @torch.no_grad()
     def set_masks(self, masks: Mapping[str, Tensor], *optimizers: Optimizer) -> None:
@@ -211,7 +218,7 @@ class MaskedModel:
         for name, mask in masks.items():
             layer, parameter = self._layer(name), self._weights[name].parameter
             view = self._view(name, parameter, layer, parameter.grad, {})
-            mask = mask.to(view.weight.device)
+            mask = mask.to(view.weight.device, copy=True)
             self._move(optimizers, view, mask, mask & view.mask)
             if isinstance(self.method, StraightThrough):
                 latent.project(self.method, parameter.data, self._view(name, layer.dense, layer, None, {}))

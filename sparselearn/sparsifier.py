@@ -32,6 +32,14 @@ def _refuse(optimizer: Optimizer) -> None:
         )
 
 
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number is finite; waits for a device once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        by_device.setdefault(t.device, []).append(torch.isfinite(distributed.local(t)).all())
+    return all(bool(torch.stack(flags).all()) for flags in by_device.values())
+
+
 @dataclass
 class _OpenStep:
     """What `before_step` leaves for `after_step`."""
@@ -244,8 +252,7 @@ class Sparsifier(MaskedModel):
         self, grads: dict[str, Tensor], layers: dict[str, tuple[Weight, LayerState]]
     ) -> dict[str, Tensor] | None:
         """The dense gradients for `after_step`; None where one is not finite. Copied if they are masked in place."""
-        finite = all(bool(torch.isfinite(distributed.local(g)).all()) for g in grads.values())
-        if distributed.any_rank(not finite, next(iter(layers.values()))[1].mask.device):
+        if distributed.any_rank(not _finite(grads.values()), next(iter(layers.values()))[1].mask.device):
             return None
         copy = not self.method.skip_step and self.method.optimizer_state != "keep"
         return {n: g.detach().clone() if copy else g.detach() for n, g in grads.items()}
@@ -291,7 +298,7 @@ class Sparsifier(MaskedModel):
         for (name, tracker), value in opened.memory.items():
             layers[name][1].memory[tracker.key] = value
         for name, (weight, layer) in layers.items():
-            for tracker in self.trackers:
+            for tracker in self._after_step:
                 view = self._view(name, weight.parameter, layer, weight.parameter.grad, {})
                 value = tracker.after_step(view, view.memory[tracker.key])
                 if value is not view.memory[tracker.key]:
@@ -344,7 +351,7 @@ class Sparsifier(MaskedModel):
                 if hasattr(tracker, "observe"):  # each rank has seen its own part of the batch
                     layer.memory[tracker.key] = distributed.mean(layer.memory[tracker.key])
         flow = statistics.gradient_norm(grads, {n: s for n, (_, s) in layers.items()})
-        moved, before, survivors = 0, 0, 0
+        counts: list[Tensor] = []  # per layer: grown now, grown before, survivors of these
         # With a ranking over all layers their views are needed at once; otherwise one at a time, which for sharded
         # weights bounds the memory.
         together = [list(layers)] if method.reallocate is not None else [[n] for n in layers]
@@ -357,13 +364,14 @@ class Sparsifier(MaskedModel):
             for view, (mask, kept) in zip(views, masks, strict=True):
                 mask = self._agreed(mask, view)
                 earlier = view.memory["grown"]
-                before, survivors = before + int(earlier.sum()), survivors + int((earlier & mask).sum())
+                survivors = (earlier & mask).sum()
                 stay = kept & mask if method.reinit else view.mask & mask
-                moved += self._move([optimizer], view, mask, stay)
+                counts.append(torch.stack([self._move([optimizer], view, mask, stay), earlier.sum(), survivors]))
+        moved, before, survived = torch.stack([c.cpu() for c in counts]).sum(0).tolist()
         total = sum(s.nnz for _, s in layers.values())
         self.last_update = {"step": step, "grown": moved, "churn": moved / total, "gradient_norm": flow}
         if before:
-            self.last_update["survival"] = survivors / before
+            self.last_update["survival"] = survived / before
 
     @staticmethod
     def _agreed(mask: Tensor, view: Layer) -> Tensor:

@@ -23,7 +23,7 @@ def gradient_norm(grads: Mapping[str, Tensor], layers: Mapping[str, LayerState])
     for name, grad in grads.items():
         masked = grad.masked_fill(layers[name].inactive, 0)
         squares.append(distributed.full(masked.float().square().sum()))
-    return math.sqrt(sum(float(square) for square in squares))
+    return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()) if squares else 0.0
 
 
 def of_masks(layers: Mapping[str, LayerState]) -> dict[str, float]:

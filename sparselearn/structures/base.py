@@ -57,11 +57,9 @@ def top_indices(score: Tensor, k: int) -> Tensor:
     if k >= score.numel():
         return torch.ones_like(mask)
     threshold = torch.topk(score, k, sorted=False).values.min()
-    mask = score > threshold
-    missing = k - int(mask.sum())
-    ties = (score == threshold).nonzero().view(-1)[:missing]
-    mask[ties] = True
-    return mask
+    above, ties = score > threshold, score == threshold
+    missing = k - above.sum(dtype=torch.int32)
+    return above | ties & (ties.cumsum(0, dtype=torch.int32) <= missing)
 
 
 def highest(score: Tensor, k: int, keep: Tensor | None = None) -> Tensor:
@@ -191,7 +189,9 @@ class Unstructured(Structure):
 
     def topk(self, score: Tensor, nnz: int, keep: Tensor | None = None) -> Tensor:
         flat = score.reshape(-1)
-        candidates = int((flat > -math.inf).sum())
+        allowed = flat > -math.inf
+        kept = allowed if keep is None else allowed & keep.reshape(-1)
+        candidates, n_kept = torch.stack([allowed.sum(), kept.sum()]).tolist()
         if nnz > candidates:
             raise SparsityError(
                 f"`Unstructured` was asked for {nnz} weights of a layer of shape {list(score.shape)}, but only "
@@ -199,8 +199,6 @@ class Unstructured(Structure):
             )
         if keep is None:
             return top_indices(flat, nnz).view(score.shape)
-        kept = keep.reshape(-1) & (flat > -math.inf)
-        n_kept = int(kept.sum())
         if n_kept >= nnz:
             return top_indices(flat.masked_fill(~kept, -math.inf), nnz).view(score.shape)
         rest = top_indices(flat.masked_fill(kept, -math.inf), nnz - n_kept)
