@@ -45,6 +45,7 @@ from sparselearn.methods import (
 )
 from sparselearn.optimizer import SparseOptimizer
 from sparselearn.schedules import Schedule, UpdateSchedule, UpdateSteps, scale_schedule
+from sparselearn.selection import split_projections
 from sparselearn.sparsifier import Sparsifier
 from sparselearn.state import SparseState
 from sparselearn.structures import (
@@ -106,6 +107,7 @@ __all__ = [
     "set_",
     "snfs",
     "snfs_lite",
+    "split_projections",
     "sr_ste",
     "srigl",
     "static",

@@ -1,14 +1,24 @@
 """Several processes: whole tensors from shards, shards from whole tensors, and one mask for all ranks."""
 
 import hashlib
+import sys
 import warnings
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparselearn.errors import SparsityError
+
+if TYPE_CHECKING:  # half a second to import; who has a DTensor has paid for it
+    from torch.distributed.tensor import DTensor
+
+
+def sharded(t: Tensor) -> "TypeGuard[DTensor]":
+    """Whether this is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def active() -> bool:
@@ -18,12 +28,12 @@ def active() -> bool:
 
 def full(t: Tensor) -> Tensor:
     """The whole tensor (a collective for a sharded one)."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if sharded(t) else t
 
 
 def local(t: Tensor) -> Tensor:
     """This rank's part, sharing memory with it."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if sharded(t) else t
 
 
 def place_like(t: Tensor, weight: Tensor) -> Tensor:
@@ -33,12 +43,14 @@ def place_like(t: Tensor, weight: Tensor) -> Tensor:
     replaced, never changed in place.
     """
     t = full(t)
-    there = t.device == weight.device and t.shape == weight.shape and not isinstance(weight, DTensor)
+    there = t.device == weight.device and t.shape == weight.shape and not sharded(weight)
     if t.dtype == torch.bool and there and t.stride() == weight.stride():
         return t
     if t.shape != weight.shape:
         return t.detach().to(weight.device, copy=True)
-    if isinstance(weight, DTensor):
+    if sharded(weight):
+        from torch.distributed.tensor import distribute_tensor
+
         t = t.to(weight.device)
         return distribute_tensor(t, weight.device_mesh, weight.placements)
     return torch.empty_like(weight, dtype=t.dtype, requires_grad=False).copy_(t)
@@ -46,7 +58,7 @@ def place_like(t: Tensor, weight: Tensor) -> Tensor:
 
 def assign(target: Tensor, value: Tensor) -> None:
     """target ← value in place, where the value is whole."""
-    if isinstance(target, DTensor):
+    if sharded(target):
         target.to_local().copy_(local(place_like(value, target)))
     else:
         target.copy_(value)
@@ -63,9 +75,8 @@ def mean(t: Tensor) -> Tensor:
 
 def refuse_unsupported(model: nn.Module) -> None:
     """FSDP1 flattens weights, so that there is nothing to mask."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, not in use
+    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
         raise SparsityError(
             "The model is wrapped in FullyShardedDataParallel (FSDP1), which flattens weights. "
             "Use torch.distributed.fsdp.fully_shard (FSDP2) or DDP."

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sparselearn import distributed, first_masks, latent, scaling, statistics
@@ -249,7 +248,7 @@ class MaskedModel:
         dense = {name: layer.dense for name, layer in self.state.layers.items() if layer.dense.numel()}
         return {
             name: value.detach().clone()
-            if isinstance(state_dict[name], DTensor)
+            if distributed.sharded(state_dict[name])
             else distributed.full(value).detach().to(state_dict[name].device, copy=True)
             for name, value in dense.items()
             if name in state_dict

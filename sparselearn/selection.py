@@ -149,3 +149,25 @@ def select_weights(model: nn.Module, select: Select = None, exclude: Iterable[st
         if not torch.is_floating_point(parameter):
             raise SparsityError(f"`{weight.name}` is {parameter.dtype}; only floating-point weights are sparsified.")
     return weights
+
+
+@torch.no_grad()
+def split_projections(model: nn.Module) -> nn.Module:
+    """Give every `MultiheadAttention` its query, key and value projections as three weights; returns the model.
+
+    torch packs them into one [3E, E] weight when sizes are equal; masks, budgets and rankings then span all three. The
+    model is changed in place: call this before the optimizer and the Sparsifier are built. Outputs stay the same, but
+    for rounding.
+
+    >>> attention = split_projections(nn.MultiheadAttention(8, 2))
+    >>> [w.name for w in select_weights(attention)]
+    ['q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'out_proj.weight']
+    """
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            packed = module.in_proj_weight
+            for name, part in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), packed.chunk(3), strict=True):
+                setattr(module, name, nn.Parameter(part.clone(), requires_grad=packed.requires_grad))
+            module.register_parameter("in_proj_weight", None)
+            module._qkv_same_embed_dim = False  # what torch's forward looks at
+    return model

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import sparselearn as sl
 from sparselearn import SparseOptimizer, Sparsifier, SparsityError, rigl, static
 from sparselearn.selection import clean_name, is_depthwise, select_weights
 
@@ -312,3 +313,22 @@ def test_equal_masks_before_and_after_wrapping():
     two = Sparsifier(torch.compile(b), static(), sparsity=0.5, seed=2)
     assert one.masks.keys() == two.masks.keys()
     assert all(torch.equal(one.masks[n], two.masks[n]) for n in one.masks)
+
+
+def test_split_projections_are_masked_by_themselves_and_change_no_output() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    x = torch.randn(2, 5, 16)
+    before = model(x)
+    assert sl.split_projections(model) is model
+    torch.testing.assert_close(model(x), before)
+    assert sl.split_projections(model).self_attn.q_proj_weight is model.self_attn.q_proj_weight  # nothing left to split
+    sparsifier = sl.Sparsifier(model, sl.rigl(stop=10, every=1), sparsity=0.75, distribution=sl.distributions.uniform)
+    optimizer = sl.SparseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), sparsifier)
+    for _ in range(4):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name in "qkv":
+        assert int(sparsifier.masks[f"self_attn.{name}_proj_weight"].sum()) == 64  # a quarter of 16 x 16 each
+    sl.split_projections(nn.MultiheadAttention(8, 2, kdim=4, vdim=6))  # split already: left as it is
