@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from sparselearn.errors import SparsityError
+from sparselearn.release import ReleasedGradients
 from sparselearn.sparsifier import Sparsifier
 
 KEY = "sparsifier"
@@ -19,6 +20,13 @@ class SparseOptimizer(Optimizer):
     GradScaler and closures work on it as on the base. `state_dict` holds the base's and, under "sparsifier", the masks.
 
     In a loop that clips gradients, call `before_step()` first, so that masked gradients are what is clipped.
+
+    Args:
+        optimizer: SGD, Adam, AdamW or another one with element-wise state.
+        sparsifier: of the model that it trains.
+        release_gradients: keep only the active values of each gradient from the moment backward has made it, and step
+            one layer at a time: less memory, same numbers. Dense gradients are all held at update steps alone. For one
+            process, without gradient clipping or loss scaling; see `sparselearn.release`.
 
     Raises:
         SparsityError: the optimizer trains none of the sparse weights, or is of an unsupported kind.
@@ -33,13 +41,14 @@ class SparseOptimizer(Optimizer):
     20
     """
 
-    def __init__(self, optimizer: Optimizer, sparsifier: Sparsifier) -> None:
+    def __init__(self, optimizer: Optimizer, sparsifier: Sparsifier, *, release_gradients: bool = False) -> None:
         if not isinstance(optimizer, Optimizer):
             raise SparsityError(f"`optimizer` must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
         if isinstance(optimizer, SparseOptimizer):
             raise SparsityError("`optimizer` is a SparseOptimizer already; wrap the base optimizer once.")
         sparsifier.check_optimizer(optimizer)
         self.base, self.sparsifier = optimizer, sparsifier
+        self._released = ReleasedGradients(sparsifier, optimizer) if release_gradients else None
         groups, state = optimizer.param_groups, optimizer.state
         # Optimizer.__init__ sets up hooks and defaults. It also starts new groups and state, which reach the base
         # through the properties below; the base's own are put back.
@@ -64,6 +73,11 @@ class SparseOptimizer(Optimizer):
 
     def before_step(self) -> None:
         """Mask the gradients now, before clipping. `step` does it itself where this was not called."""
+        if self._released is not None:
+            raise SparsityError(
+                "`before_step()` is for clipping, and with `release_gradients` there are no gradients left to clip. "
+                "Leave one of the two out."
+            )
         self.sparsifier.before_step(self.base, swap=False)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -72,9 +86,11 @@ class SparseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._released is not None:
+            self._released.hide()
         self.sparsifier.before_step(self.base)
         try:
-            self.base.step()
+            (self._released or self.base).step()
         except BaseException:
             self.sparsifier.after_step(self.base, stepped=False)
             raise
@@ -84,6 +100,8 @@ class SparseOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self.sparsifier.in_step(self.base):  # GradScaler skipped the step that `before_step` opened
             self.sparsifier.after_step(self.base, stepped=False)
+        if self._released is not None:
+            self._released.clear()
         self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

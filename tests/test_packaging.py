@@ -28,6 +28,7 @@ LAYERS = [
     ["latent"],
     ["masked_model"],
     ["sparsifier"],
+    ["release"],
     ["optimizer", "wrappers"],
     ["flops"],
     ["sparselearn"],
