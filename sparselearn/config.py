@@ -2,8 +2,7 @@
 
 A recipe names importable callables (`fn: sparselearn.rigl`); other keys are their arguments, checked against the
 signature. A value "ref:package.name" is that object itself, a nested mapping with `fn` is a callable with its arguments
-bound. Times are optimizer steps; a float in (0, 1] for `every`, `start`, `stop` or `warmup` is a fraction of
-`max_steps`.
+bound. Times (`TIMES`) are optimizer steps; a float in (0, 1] for one of them is a fraction of `max_steps`.
 """
 
 import importlib
@@ -21,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparselearn.errors import SparsityError, closest
 
-TIMES = ("every", "start", "stop", "warmup")
+TIMES = ("every", "start", "stop", "steps", "prune_start", "prune_stop", "stop_exploration", "warmup")
 CALLABLES = ("data", "model", "method", "distribution", "optimizer", "schedule")
 
 
@@ -45,6 +44,7 @@ class Config:
     label_smoothing: float = 0.0
     gradient_clip_val: float | None = None
     precision: str = "32-true"
+    channels_last: bool = False  # images in this memory order; with bf16-mixed convolutions are faster on a GPU
     devices: int = 1
     accelerator: str = "auto"
     eval_every: int = 0  # optimizer steps; 0 evaluates at the end only
@@ -56,6 +56,7 @@ class Config:
     distribution: dict[str, Any] = field(default_factory=lambda: {"fn": "sparselearn.distributions.erk"})
     select: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
+    support: float | None = None  # density of a random support that weights never leave
     overrides: dict[str, float] = field(default_factory=dict)
     init: str | None = None
     density_scaling: bool = False

@@ -210,6 +210,10 @@ class magnitude_gradient:
 
     weight: float
 
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise SparsityError(f"The weight of |g| in `magnitude_gradient` must be at least 0; got {self.weight}.")
+
     def __call__(self, layer: Layer) -> Tensor:
         return layer.weight.abs() + self.weight * layer.dense_grad().abs() if self.weight else layer.weight.abs()
 
@@ -219,6 +223,10 @@ class average_gradient:
     """|running mean of g|: growth by momentum without touching the optimizer's (RigL's repository, SNFS-lite)."""
 
     beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise SparsityError(f"`beta` of a running mean must lie in [0, 1); got {self.beta}.")
 
     @property
     def trackers(self) -> tuple[Tracker, ...]:
@@ -326,6 +334,8 @@ class initial_distribution:
     def __call__(self, layer: Layer) -> Tensor:
         initial = layer.memory["initial_weights"]
         values = initial[initial != 0]
+        if not len(values):  # a layer that started at zero
+            return torch.zeros_like(layer.weight)
         index = (layer.rand().double() * values.numel()).long().clamp(max=values.numel() - 1)
         return values[index] / self.k
 

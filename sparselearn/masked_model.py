@@ -14,7 +14,7 @@ from sparselearn.distributions import Distribution
 from sparselearn.errors import SparsityError
 from sparselearn.methods.drop_grow import DropGrow
 from sparselearn.methods.straight_through import StraightThrough
-from sparselearn.selection import Select, Weight, select_weights
+from sparselearn.selection import Select, Weight, match_all, select_weights
 from sparselearn.state import LayerState, SparseState, generator
 
 Init = Literal["keep", "density", "fan_in"]
@@ -49,13 +49,16 @@ class MaskedModel:
         distributed.refuse_unsupported(model)
         if init not in ("keep", "density", "fan_in"):
             raise SparsityError(f"`init` must be 'keep', 'density' or 'fan_in'; got {init!r}.")
+        self.model = model
         self.method = method
         self._weights = {w.name: w for w in select_weights(model, select, exclude)}
         self._shapes = {name: w.parameter.shape for name, w in self._weights.items()}
+        match_all("protect", getattr(getattr(method, "ablation", None), "protect", ()), self._weights)
         density = 1 - first_masks.required_sparsity(sparsity, method.structure, self._shapes)
         outside = first_masks.overridden(overrides, self._weights)
         self._budget = first_masks.Budgets(self._shapes, distribution, density, outside)
         self._open: dict[int, Any] = {}  # steps begun, by id(optimizer.state), which an optimizer shares with wrappers
+        self._room: dict[str, int] = {}  # size of the support, where there is one
         self._listeners: dict[str, list[Callable[[], None]]] = {"before": [], "after": []}
         self._expected: dict[str, dict[str, int]] = {}  # nonzero weights at the save, until checked after a resume
         self.state = SparseState(seed)
@@ -68,10 +71,9 @@ class MaskedModel:
         self._observe()
         if state_dict is not None:
             self.load_state_dict(state_dict)
-            if isinstance(method, StraightThrough):
-                self._adopt()
             self._check_resumed()
-            self.apply_masks()
+            if isinstance(method, DropGrow):  # a straight-through method has projected its weights
+                self.apply_masks()
 
     # ---- building ----------------------------------------------------------------------------------------
 
@@ -79,17 +81,23 @@ class MaskedModel:
         """nnz of every layer at this step."""
         method = self.method
         if isinstance(method, StraightThrough):
-            return self._budget(method.structure_at(step), method.density, step)
+            return self._within(self._budget(method.structure_at(step), method.density, step))
         only_prunes = method.grow is None and method.reallocate is None and self.state.layers
         most = {name: layer.nnz for name, layer in self.state.layers.items()} if only_prunes else None
-        return self._budget(method.structure, method.density, step, most)
+        return self._within(self._budget(method.structure, method.density, step, most))
+
+    def _within(self, nnz: dict[str, int]) -> dict[str, int]:
+        """At most the support's size, which bounds a method's denser phases."""
+        return {name: min(n, self._room.get(name, n)) for name, n in nnz.items()}
 
     @torch.no_grad()
     def _draw(
         self, support: float | Mapping[str, Tensor] | None, score: Criterion | None, init: Init, restore: bool
     ) -> None:
+        final = self._budget(self.method.structure, None, 0)
+        within = self._budget.supports(support, final, self.method.structure, self.state.seed)
+        self._room = {name: int(mask.sum()) for name, mask in within.items()}
         nnz = self._budgets(0)
-        within = self._budget.supports(support, nnz, self.method.structure, self.state.seed)
         for name, weight in self._weights.items():
             parameter, shape = weight.parameter, self._shapes[name]
             ones = torch.ones(shape, dtype=torch.bool, device=parameter.device)
@@ -117,12 +125,13 @@ class MaskedModel:
         if score is None:
             support = None if layer.support is None else distributed.full(layer.support)
             values = first_masks.random_score(name, self._shapes[name], support, self.state.seed)
+            mask = structure.first(values, nnz)
         else:
             view = self._view(name, weight.parameter, layer, weight.parameter.grad, {})
             values = check_score(score(view), view, "initial").float()
             if view.support is not None:
                 values = values.masked_fill(~view.support, -torch.inf)
-        mask = structure.topk(values, nnz)
+            mask = structure.topk(values, nnz)
         structure.check(mask, nnz)
         return mask
 
@@ -168,9 +177,11 @@ class MaskedModel:
 
     # ---- changing masks and weights -----------------------------------------------------------------------
 
-    def _move(self, optimizers: Iterable[Optimizer], view: Layer, mask: Tensor, stay: Tensor) -> Tensor:
+    def _move(
+        self, optimizers: Iterable[Optimizer], view: Layer, mask: Tensor, stay: Tensor, reset: bool = False
+    ) -> Tensor:
         """Give one layer its new mask, of which the weights of `stay` keep value and optimizer state, the others start
-        anew; returns how many those are."""
+        anew; returns how many those are. `reset` clears the optimizer state of all."""
         weight, layer, method = self._weights[view.name], self.state.layers[view.name], self.method
         parameter, nnz, new = weight.parameter, int(mask.sum()), mask & ~stay
         if isinstance(method, DropGrow) and method.grow is not None:
@@ -179,7 +190,6 @@ class MaskedModel:
             local_values = distributed.local(distributed.place_like(values, parameter.data))
             local_weight = distributed.local(parameter.data)
             local_weight.copy_(torch.where(distributed.local(placed), local_values, local_weight))
-        reset = method.optimizer_state == "reset" and nnz > layer.nnz
         placed_stay = distributed.place_like(stay, parameter.data)
         layer.set_mask(distributed.place_like(mask, parameter.data), nnz)
         distributed.local(parameter.data).masked_fill_(distributed.local(layer.inactive), 0)

@@ -29,6 +29,20 @@ def _check_ascending(name: str, steps: tuple[int, ...]) -> None:
         raise SparsityError(f"`{name}` needs steps that ascend, at least one of them, from 0 on; got {steps}.")
 
 
+def checked_fraction(value: float, step: int | None = None) -> float:
+    """The drop fraction, or a clear error."""
+    if not 0 <= value <= 1:
+        at = "" if step is None else f" at step {step}"
+        raise SparsityError(f"`drop_fraction` must lie in [0, 1]; got {value}{at}.")
+    return value
+
+
+def check_density(name: str, value: float) -> None:
+    """Raises where this is no density."""
+    if not 0 < value <= 1:
+        raise SparsityError(f"`{name}` must lie in (0, 1]; got {value}. It is a density: 0.1 for 90 % zeros.")
+
+
 def _progress(step: int, start: int, stop: int) -> float:
     return min(max((step - start) / (stop - start), 0.0), 1.0)
 
@@ -220,6 +234,10 @@ class harmonic_like:
 
     def __post_init__(self) -> None:
         _check_range("harmonic_like", self.start, self.stop)
+        if not 0 <= self.amplitude <= 1 or self.waves < 0:
+            raise SparsityError(
+                f"`harmonic_like` needs an amplitude in [0, 1] and waves >= 0; got {self.amplitude} and {self.waves}."
+            )
 
     def __call__(self, step: int, final: float) -> float:
         tau, sparsity = _progress(step, self.start, self.stop), 1 - final
@@ -269,13 +287,18 @@ class UpdateSchedule:
         if self.every < 1:
             raise SparsityError(f"`every` must be at least 1 optimizer step; got {self.every}.")
         _check_range("UpdateSchedule", self.first, self.stop)
-        if not callable(self.drop_fraction) and not 0 <= self.drop_fraction <= 1:
-            raise SparsityError(f"`drop_fraction` must lie in [0, 1]; got {self.drop_fraction}.")
+        if not callable(self.drop_fraction):
+            checked_fraction(self.drop_fraction)
 
     @property
     def first(self) -> int:
         """The first update step."""
         return self.every if self.start is None else self.start
+
+    @property
+    def last(self) -> int:
+        """The last update step."""
+        return self.first + (self.stop - 1 - self.first) // self.every * self.every
 
     def due(self, step: int) -> bool:
         """Whether masks change on this step."""
@@ -285,10 +308,7 @@ class UpdateSchedule:
         """The fraction of active weights dropped on this step."""
         if not callable(self.drop_fraction):
             return cosine(self.drop_fraction, stop=self.stop)(step)
-        fraction = self.drop_fraction(step)
-        if not 0 <= fraction <= 1:
-            raise SparsityError(f"`drop_fraction` must lie in [0, 1]; got {fraction} at step {step}.")
-        return fraction
+        return checked_fraction(self.drop_fraction(step), step)
 
 
 @dataclass(frozen=True)
@@ -304,6 +324,7 @@ class UpdateSteps:
 
     def __post_init__(self) -> None:
         _check_ascending("UpdateSteps", self.steps)
+        checked_fraction(self.drop_fraction)
 
     def due(self, step: int) -> bool:
         """Whether masks change on this step."""
@@ -315,6 +336,31 @@ class UpdateSteps:
 
 
 TIMES = ("start", "stop", "steps", "high_steps", "low_steps")
+PER_STEP = ("per_step",)
+
+
+def check_run(method: Any, steps: int) -> None:
+    """Raises where a time of the method (or schedule) lies past the end of a run of this many optimizer steps.
+
+    A dense-to-sparse method would end denser than asked, and a drop fraction would not come to its end.
+
+    >>> check_run(UpdateSchedule(every=10, stop=75), steps=100)
+    """
+    if not is_dataclass(method) or isinstance(method, type):
+        return
+    for item in fields(method):
+        value = getattr(method, item.name)
+        if item.name == "stop" and value is not None and value > steps:
+            seen = f"stop={value}"
+        elif item.name == "steps" and isinstance(value, tuple) and max(value) >= steps:
+            seen = f"step {max(value)}"
+        else:
+            check_run(value, steps)
+            continue
+        raise SparsityError(
+            f"`{type(method).__name__}` has {seen}, past the end of a run of {steps} optimizer steps. Give the method "
+            "times of this run, or train longer."
+        )
 
 
 def scale_schedule(method: Any, k: int) -> Any:
@@ -322,17 +368,21 @@ def scale_schedule(method: Any, k: int) -> Any:
 
     As in RigL's extended runs (arXiv 1911.11134, §4.1), where T_end grows with the run and ΔT does not, and for the
     phases of AC/DC (arXiv 2106.12379) as "Rethinking Sparse Optimization" (TMLR 2024) asks. Multiply the warm-up and
-    the learning rate's schedule of the run by k, too.
+    the learning rate's schedule of the run by k, too. Rates per step are divided by k.
 
     >>> scale_schedule(UpdateSteps((2, 7)), 3)
     UpdateSteps(steps=(6, 21), drop_fraction=0.0)
     """
+    if not isinstance(k, int) or k < 1:
+        raise SparsityError(f"`scale_schedule` needs a whole number k >= 1, since times are whole steps; got {k}.")
     if not is_dataclass(method) or isinstance(method, type):
         return method
     changed: dict[str, Any] = {}
     for item in fields(method):
         value = getattr(method, item.name)
-        if item.name not in TIMES:
+        if item.name in PER_STEP:
+            scaled = value / k
+        elif item.name not in TIMES:
             scaled = scale_schedule(value, k)
         elif isinstance(value, tuple):
             scaled = tuple(t * k for t in value)

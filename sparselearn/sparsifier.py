@@ -121,7 +121,7 @@ class Sparsifier(MaskedModel):
 
     # ---- one step ----------------------------------------------------------------------------------------
 
-    def _layers_of(self, optimizer: Optimizer) -> dict[str, tuple[Weight, LayerState]]:
+    def layers_of(self, optimizer: Optimizer) -> dict[str, tuple[Weight, LayerState]]:
         """The sparse layers that this optimizer trains, at one clock."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         found = {
@@ -138,7 +138,7 @@ class Sparsifier(MaskedModel):
 
     def trains(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer holds any of the sparse weights."""
-        return bool(self._layers_of(optimizer))
+        return bool(self.layers_of(optimizer))
 
     def in_step(self, optimizer: Optimizer) -> bool:
         """Whether `before_step` has come and `after_step` has not."""
@@ -165,7 +165,7 @@ class Sparsifier(MaskedModel):
         the latter (and a penalty due after clipping) to a second call right before the step.
         """
         _refuse(optimizer)
-        layers = self._layers_of(optimizer)
+        layers = self.layers_of(optimizer)
         if not layers:
             return
         if not self._compared and distributed.active():  # different clocks would wait for each other for ever
@@ -264,7 +264,7 @@ class Sparsifier(MaskedModel):
         Zeroes inactive weights; at an update step chooses the new masks and zeroes grown weights and the optimizer
         state of all weights that moved. A step that did not happen leaves masks and clock as they were.
         """
-        layers = self._layers_of(optimizer)
+        layers = self.layers_of(optimizer)
         if not layers:
             return
         opened: _OpenStep | None = self._open.pop(id(optimizer.state), None)
@@ -351,6 +351,7 @@ class Sparsifier(MaskedModel):
                 if hasattr(tracker, "observe"):  # each rank has seen its own part of the batch
                     layer.memory[tracker.key] = distributed.mean(layer.memory[tracker.key])
         flow = statistics.gradient_norm(grads, {n: s for n, (_, s) in layers.items()})
+        reset = method.optimizer_state == "reset" and sum(nnz.values()) > sum(s.nnz for _, s in layers.values())
         counts: list[Tensor] = []  # per layer: grown now, grown before, survivors of these
         # With a ranking over all layers their views are needed at once; otherwise one at a time, which for sharded
         # weights bounds the memory.
@@ -360,13 +361,13 @@ class Sparsifier(MaskedModel):
                 self._view(n, layers[n][0].parameter, layers[n][1], grads.get(n), self._slots(optimizer, layers[n][0]))
                 for n in names
             ]
-            masks = method.new_masks(views, [nnz[n] for n in names])
+            masks = method.new_masks(views, [nnz[n] for n in names], fixed=self._budget.overrides)
             for view, (mask, kept) in zip(views, masks, strict=True):
                 mask = self._agreed(mask, view)
                 earlier = view.memory["grown"]
                 survivors = (earlier & mask).sum()
                 stay = kept & mask if method.reinit else view.mask & mask
-                counts.append(torch.stack([self._move([optimizer], view, mask, stay), earlier.sum(), survivors]))
+                counts.append(torch.stack([self._move([optimizer], view, mask, stay, reset), earlier.sum(), survivors]))
         moved, before, survived = torch.stack([c.cpu() for c in counts]).sum(0).tolist()
         total = sum(s.nnz for _, s in layers.values())
         self.last_update = {"step": step, "grown": moved, "churn": moved / total, "gradient_norm": flow}

@@ -13,7 +13,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("plain_loop", 0.94), ("lightning_callback", 0.94), ("own_criterion", 0.9), ("convert_cpu", 0.94)],
+    [
+        ("plain_loop", 0.94),
+        ("lightning_callback", 0.94),
+        ("own_criterion", 0.9),
+        ("own_method", 0.9),
+        ("convert_cpu", 0.94),
+    ],
 )
 def test_example_trains(name: str, least: float, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparselearn
 from sparselearn import DropGrow, SparseOptimizer, Sparsifier, SparsityError, UpdateSchedule, criteria, gmp, rigl
 from sparselearn.distributions import erk, uniform
 from sparselearn.methods import global_ranking
@@ -483,3 +484,45 @@ def test_momentum_without_momentum_says_so():
         "`momentum` found neither `momentum_buffer` nor `exp_avg` in the optimizer's state of `0.weight` at step 1 "
         "(it has: nothing). Use SGD with momentum or Adam."
     )
+
+
+REALLOCATING = {
+    "gmp": lambda: sparselearn.gmp(stop=11, every=3, scope="global"),
+    "granet": lambda: sparselearn.granet(stop=11, every=3, prune_stop=9),
+    "dsr": lambda: sparselearn.dsr(target=20, stop=11, every=3),
+    "snfs": lambda: sparselearn.snfs(stop=11, every=3),
+    "acdc": lambda: sparselearn.acdc(switches=(3, 6, 9)),
+}
+
+
+@pytest.mark.parametrize("name", REALLOCATING)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_layers_of_overrides_are_outside_of_re_allocation(name, sparsity) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
+    method = REALLOCATING[name]()
+    sparsifier = sparselearn.Sparsifier(model, method, sparsity=0.8, overrides={"4.*": sparsity})
+    optimizer = sparselearn.SparseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), sparsifier)
+    for _ in range(12):
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(sparsifier.masks["4.weight"].sum()) == 128 * (1 - sparsity)
+    others = [sparsifier.masks[key] for key in ("0.weight", "2.weight")]
+    assert sum(int(m.sum()) for m in others) == pytest.approx(0.2 * 1024, abs=1)
+
+
+def test_a_dense_phase_clears_the_momentum_of_layers_that_were_dense_already() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    sparsifier = sparselearn.Sparsifier(
+        model, sparselearn.acdc(switches=(2, 4, 6)), sparsity=0.8, overrides={"2.*": 0.0}
+    )
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = sparselearn.SparseOptimizer(base, sparsifier)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        cleared = not base.state[model[2].weight]["momentum_buffer"].any()
+        assert cleared == (step == 4)

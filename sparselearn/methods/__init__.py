@@ -11,7 +11,6 @@ from sparselearn.methods.dynamic import (
     mest,
     snfs,
     snfs_lite,
-    srigl,
     static_reinit,
 )
 from sparselearn.methods.ensembles import g2gnet
@@ -28,6 +27,7 @@ from sparselearn.methods.n_m import (
     ste,
     then_dense,
 )
+from sparselearn.methods.neurons import srigl
 from sparselearn.methods.straight_through import StraightThrough, top_kast
 
 __all__ = [

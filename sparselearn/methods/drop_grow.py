@@ -4,7 +4,7 @@ A method is a `DropGrow` value. The factories below are papers' methods; a new o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,8 +14,16 @@ from torch import Tensor
 from sparselearn import criteria
 from sparselearn.criteria import Criterion, Layer, Tracker, check_score
 from sparselearn.errors import SparsityError
-from sparselearn.schedules import DensitySchedule, Schedule, UpdateSchedule, constant, inverse_power, ramp
-from sparselearn.structures import ConstantFanIn, Structure, Unstructured, top_indices
+from sparselearn.schedules import (
+    DensitySchedule,
+    Schedule,
+    UpdateSchedule,
+    check_density,
+    constant,
+    inverse_power,
+    ramp,
+)
+from sparselearn.structures import ConstantFanIn, Structure, Unstructured, rows, top_indices
 
 
 class Budget(NamedTuple):
@@ -23,6 +31,11 @@ class Budget(NamedTuple):
 
     keep: int
     nnz: int
+
+
+def part_of(fraction: float, n: int) -> int:
+    """int(fraction·n), nudged by 1e-6 so that 1 - 0.9 of 100 weights are 10 in floating point as on paper."""
+    return int(fraction * n + 1e-6)
 
 
 Reallocate = Callable[[Sequence[Layer], Sequence[int]], Sequence[int | Budget]]
@@ -86,6 +99,8 @@ class DropGrow:
     optimizer_state: Literal["zero", "keep", "reset"] = "zero"
 
     def __post_init__(self) -> None:
+        if self.optimizer_state not in ("zero", "keep", "reset"):
+            raise SparsityError(f"`optimizer_state` must be 'zero', 'keep' or 'reset'; got {self.optimizer_state!r}.")
         if self.reallocate is not None and not isinstance(self.structure, Unstructured):
             raise SparsityError(
                 f"`reallocate` moves single weights between layers, which {self.structure} does not allow. Leave it "
@@ -104,10 +119,18 @@ class DropGrow:
         """Whether masks change on this optimizer step."""
         return self.updates is not None and self.updates.due(step)
 
-    def new_masks(self, layers: Sequence[Layer], nnz: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def new_masks(
+        self, layers: Sequence[Layer], nnz: Sequence[int], fixed: Collection[str] = ()
+    ) -> list[tuple[Tensor, Tensor]]:
         """For each layer the mask after an update and the weights that were kept; exactly nnz[i] active weights each
-        (or what `reallocate` and `ablation` make of it)."""
-        budgets = [Budget(-1, n) for n in nnz] if self.reallocate is None else self._reallocated(layers, nnz)
+        (or what `ablation` makes of it, and `reallocate` of layers that are not named in `fixed`)."""
+        budgets = [Budget(-1, n) for n in nnz]
+        free = [i for i, layer in enumerate(layers) if layer.name not in fixed]
+        if self.reallocate is not None and free:
+            for i, budget in zip(
+                free, self._reallocated([layers[i] for i in free], [nnz[i] for i in free]), strict=True
+            ):
+                budgets[i] = budget
         masks = [self._new_mask(layer, budget) for layer, budget in zip(layers, budgets, strict=True)]
         for (mask, _), budget in zip(masks, budgets, strict=True):
             self.structure.check(mask, budget.nnz if self.ablation is None else int(mask.sum()))
@@ -133,7 +156,7 @@ class DropGrow:
             return min(budget.keep, active, budget.nnz)
         stay = min(active, budget.nnz)
         fraction = self.updates.fraction(layer.step) if self.updates is not None and self.grow is not None else 0.0
-        n_drop = int(fraction * stay)
+        n_drop = part_of(fraction, stay)
         if self.exclude_dropped:  # a dense layer has nowhere else to grow
             room = ~layer.mask if layer.support is None else ~layer.mask & layer.support
             n_drop = min(n_drop, max(int(room.sum()) - (budget.nnz - stay), 0))
@@ -152,9 +175,9 @@ class DropGrow:
         keep = (top_indices(eligible, n_keep) & (eligible > -math.inf)).view_as(layer.mask)
         score = self._grow_score(layer, drop_score, keep, nnz, active)
         if self.ablation is not None:
-            rows = self.ablation(layer, eligible.view_as(drop_score), score, nnz, active - n_keep)
-            silent = ~rows.view(-1, *[1] * (layer.mask.ndim - 1))
-            nnz = nnz // int(rows.sum()) * int(rows.sum())
+            neurons = self.ablation(layer, eligible.view_as(drop_score), score, nnz, active - n_keep)
+            silent = ~neurons.view(-1, *[1] * (layer.mask.ndim - 1))
+            nnz = nnz // int(neurons.sum()) * int(neurons.sum())
             eligible = eligible.view_as(drop_score).masked_fill(silent, -math.inf).view(-1)
             keep = (top_indices(eligible, n_keep) & (eligible > -math.inf)).view_as(layer.mask)
             score = score.masked_fill(silent, -math.inf)
@@ -175,6 +198,10 @@ class DropGrow:
                 "but the method only prunes. Give it a `grow` criterion."
             )
         score = self.structure.pool(check_score(self.grow(layer), layer, "grow").to(like, copy=True))
+        if isinstance(self.structure, ConstantFanIn):  # each neuron grows, though it never fires and has no gradient
+            silent = (rows(score) == 0).all(1)
+            if bool(silent.any()):  # at random: by index they would all get the first inputs
+                score[silent] = -layer.rand()[silent]
         if layer.support is not None:
             score.masked_fill_(~layer.support, -math.inf)
         if self.exclude_dropped:
@@ -194,6 +221,15 @@ class global_ranking:
         return getattr(self.criterion, "trackers", ())
 
     def __call__(self, layers: Sequence[Layer], nnz: Sequence[int]) -> list[int]:
+        active = sum(int(x.mask.sum()) for x in layers)
+        if active < sum(nnz):
+            room = sum(x.mask.numel() if x.support is None else int(x.support.sum()) for x in layers)
+            if sum(nnz) == room:
+                return list(nnz)
+            raise SparsityError(
+                f"`global_ranking` ranks active weights, so it cannot say where to grow from {active} to {sum(nnz)} "
+                f"(step {layers[0].step}). Start from a higher density, or re-allocate nothing while the density rises."
+            )
         scores = [
             check_score(self.criterion(x), x, "global").float().masked_fill(~x.mask, -math.inf).reshape(-1)
             for x in layers
@@ -256,7 +292,8 @@ def rigl(
         exclude_dropped, skip_step: as in `DropGrow`; the defaults are the reference code's.
 
     Differs: ties are broken by index, not by noise of 1e-5 on the drop score; the noise of the reference also
-    covers inactive positions, so there a just-grown zero can lose its place to an inactive weight.
+    covers inactive positions, so there a just-grown zero can lose its place to an inactive weight. In a
+    `ConstantFanIn`, neurons whose whole gradient is zero (they never fire) grow at random, by (seed, step, name).
     """
     return DropGrow(
         drop=criteria.magnitude,
@@ -288,8 +325,9 @@ def gmp(
 
     Differs: masks only shrink; the paper's may regain weights, whose hidden values it keeps.
     """
+    check_density("initial_density", initial_density)
     updates = UpdateSchedule(every, stop, start, constant(0.0))
-    last = start + (stop - 1 - start) // every * every
+    last = updates.last
     if last == 0:
         raise SparsityError(
             f"`gmp` needs an update step after step 0 to prune by magnitude; with start=0, every={every} and "

@@ -1,26 +1,24 @@
-"""The literature's drop-and-grow methods as values of `DropGrow`, and the parts that only they need.
+"""The literature's drop-and-grow methods as values of `DropGrow`.
 
-Fractions are rounded down (int) throughout; the reference code of ITOP, SNFS and GraNet rounds up.
+Fractions are rounded down throughout; the reference code of ITOP, SNFS and GraNet rounds up.
 """
 
-import fnmatch
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from sparselearn import criteria
-from sparselearn.criteria import Criterion, Layer, Tracker, momentum, tracker
+from sparselearn.criteria import Criterion
 from sparselearn.errors import SparsityError
-from sparselearn.methods.drop_grow import Budget, DropGrow, global_ranking, rigl
+from sparselearn.methods.drop_grow import DropGrow, global_ranking, rigl
+from sparselearn.methods.reallocation import adaptive_threshold, momentum_redistribution
 from sparselearn.schedules import (
     Schedule,
     UpdateSchedule,
     UpdateSteps,
     alternating,
+    check_density,
+    checked_fraction,
     constant,
     cosine,
     harmonic_like,
@@ -28,199 +26,35 @@ from sparselearn.schedules import (
     ramp,
     stages,
 )
-from sparselearn.structures import ConstantFanIn, Unstructured, rows, top_indices
-
-# ---- re-allocation between layers -----------------------------------------------------------------------------
 
 
-def share(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Whole numbers that sum to `total`, in proportion to the weights, none above its `most`.
-
-    What a full entry cannot take goes to the others in proportion; fractions go to the largest remainders, the earlier
-    first.
-
-    >>> share(8, [0.75, 0.25], [10, 10]), share(8, [0.75, 0.25], [5, 10])
-    ([6, 2], [5, 3])
-    """
-    if total > sum(most):
-        raise SparsityError(f"{total} weights were to be shared out, but there is room for {sum(most)} only.")
-    shares, full = [0.0] * len(weights), [m == 0 for m in most]
-    left = float(total)
-    while left > 1e-9 and not all(full):
-        open_weights = [0.0 if f else w for w, f in zip(weights, full, strict=True)]
-        if sum(open_weights) == 0:
-            open_weights = [float(not f) for f in full]
-        scale, left = left / sum(open_weights), 0.0
-        for i, w in enumerate(open_weights):
-            shares[i] += w * scale
-            if shares[i] >= most[i]:
-                left, shares[i], full[i] = left + shares[i] - most[i], float(most[i]), True
-    counts = [min(int(x + 1e-9), m) for x, m in zip(shares, most, strict=True)]
-    for i in sorted(range(len(counts)), key=lambda i: counts[i] - shares[i])[:]:
-        if sum(counts) < total and counts[i] < most[i]:
-            counts[i] += 1
-    return counts
+def _annealed(drop_fraction: float | Schedule, stop: int, final: float = 0.0) -> Schedule:
+    """A number as a cosine that ends at `stop`; a schedule as it is."""
+    if callable(drop_fraction):
+        return drop_fraction
+    return cosine(checked_fraction(drop_fraction), stop, final=min(final, drop_fraction))
 
 
-def _room(layer: Layer) -> int:
-    """Positions where the layer could grow that are inactive now."""
-    return int((~layer.mask if layer.support is None else ~layer.mask & layer.support).sum())
-
-
-@dataclass(frozen=True)
-class momentum_redistribution:
-    """SNFS's budgets (arXiv 1907.04840, Alg. 1): every layer loses its fraction of smallest weights; what was lost is
-    regrown in proportion to the layers' mean |momentum| of active weights."""
-
-    fraction: Schedule
-
-    def __call__(self, layers: Sequence[Layer], nnz: Sequence[int]) -> list[Budget]:
-        active = [int(x.mask.sum()) for x in layers]
-        strength = [float(momentum(x)[x.mask].mean()) for x in layers]
-        mean = sum(strength) / len(strength)
-        kept = []
-        for layer, n, v in zip(layers, active, strength, strict=True):
-            p, sparsity = self.fraction(layer.step), 1 - n / layer.mask.numel()
-            if sparsity < 0.2 and v > mean:  # nearly dense and about to grow
-                p = min(sparsity, p)
-            kept.append(max(n - int(p * n), 1))
-        room = [_room(x) + n - k for x, n, k in zip(layers, active, kept, strict=True)]
-        regrown = share(sum(nnz) - sum(kept), strength, room)
-        return [Budget(k, k + r) for k, r in zip(kept, regrown, strict=True)]
-
-
-@dataclass(frozen=True)
-class threshold(tracker):
-    """float64, 0-d: DSR's adaptive threshold, equal in all layers. The re-allocation writes it."""
-
-    key: str = "threshold"
-    initial: float = 1e-3
-
-    def init(self, layer: Layer) -> Tensor:
-        return torch.tensor(self.initial, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class adaptive_threshold:
-    """DSR's budgets (arXiv 1902.05967, Alg. 1): all |w| < H are dropped, and as many weights are regrown in proportion
-    to what survived in each layer. H halves when more than 1.1·`target` were dropped, and doubles below 0.9·`target`.
-    """
-
-    target: int
-    initial: float = 1e-3
-
-    @property
-    def trackers(self) -> tuple[Tracker, ...]:
-        return (threshold(initial=self.initial),)
-
-    def __call__(self, layers: Sequence[Layer], nnz: Sequence[int]) -> list[Budget]:
-        limit = float(layers[0].memory["threshold"])
-        kept = [max(int((x.mask & (x.weight.abs() >= limit)).sum()), 1) for x in layers]
-        dropped = sum(int(x.mask.sum()) for x in layers) - sum(kept)
-        factor = 0.5 if dropped > 1.1 * self.target else 2.0 if dropped < 0.9 * self.target else 1.0
-        for layer in layers:
-            layer.memory["threshold"].mul_(factor)
-        regrown = share(sum(nnz) - sum(kept), kept, [_room(x) for x in layers])
-        return [Budget(k, k + r) for k, r in zip(kept, regrown, strict=True)]
-
-
-# ---- ablation of neurons --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class salient_neurons:
-    """SRigL's neuron ablation (arXiv 2305.02299, §3): a neuron stays active if enough of its weights are salient.
-
-    Salient are the weights that magnitude keeps in the layer as a whole, and as many of the highest growth score as are
-    dropped, anywhere. A neuron needs γ·K of them (γ < 1, rounded down, at least 1; K is the fan-in without ablation) or
-    γ of them (γ >= 1); γ = 0 ablates none. At least as many neurons stay as can hold the budget.
-
-    Args:
-        group: neurons are ablated in groups of this many, by their mean count.
-        permanent: ablated neurons do not come back.
-        protect: name patterns of layers without ablation.
-    """
-
-    gamma: float
-    group: int = 1
-    permanent: bool = False
-    protect: tuple[str, ...] = ()
-
-    def __call__(self, layer: Layer, keep_score: Tensor, grow_score: Tensor, nnz: int, n_drop: int) -> Tensor:
-        out, fan_in = rows(layer.mask).shape
-        every = torch.ones(out, dtype=torch.bool, device=layer.mask.device)
-        if self.gamma == 0 or any(fnmatch.fnmatch(layer.name, pattern) for pattern in self.protect):
-            return every
-        flat_keep, flat_grow = keep_score.reshape(-1), grow_score.reshape(-1)
-        n_keep = int(layer.mask.sum()) - n_drop
-        salient = top_indices(flat_keep, n_keep) & (flat_keep > -math.inf)
-        salient |= top_indices(flat_grow, n_drop) & (flat_grow > -math.inf)
-        counts = salient.view(out, fan_in).sum(1).float()
-        if self.group > 1:
-            groups = counts.split(self.group)
-            counts = torch.cat([g.mean().expand(len(g)) for g in groups])
-        needed = self.gamma if self.gamma >= 1 else max(1, int(self.gamma * (nnz // out)))
-        active = counts >= needed
-        if self.permanent:
-            alive = rows(layer.mask).any(1)
-            active, counts = active & alive, counts.masked_fill(~alive, -1)
-        fewest = -(-nnz // fan_in)
-        fewest += -fewest % self.group
-        if int(active.sum()) < fewest:
-            active = top_indices(counts, min(fewest, out))
-        return active
-
-
-# ---- the methods ----------------------------------------------------------------------------------------------
-
-
-def srigl(
-    *,
-    stop: int,
-    every: int = 100,
-    start: int | None = None,
-    drop_fraction: float | Schedule = 0.3,
-    gamma: float = 0.3,
-    group: int = 1,
-    permanent_ablation: bool = False,
-    protect: Sequence[str] = (),
-    skip_step: bool = False,
-) -> DropGrow:
-    """SRigL: RigL with a constant fan-in and neuron ablation (Lasby et al., arXiv 2305.02299, Alg. 1).
-
-    drop: layer-wide the least |w|, and of every neuron what exceeds its new fan-in K; grow: per neuron up to K by
-    |dL/dw|; K = ⌊budget / active neurons⌋. A neuron is ablated where fewer than γ·K0 of its weights are salient, K0 the
-    fan-in without ablation (`salient_neurons`). The paper: γ = 0.3 for CNNs, 0.95 for ViTs, with last layers protected.
-
-    Args:
-        stop, every, start, drop_fraction: as in `rigl`.
-        gamma: γ < 1 relative to K0, γ >= 1 a number of weights, 0 never ablates.
-        group: this many neighbouring neurons share their inputs (and are ablated together).
-        permanent_ablation: ablated neurons stay so; the reference lets them revive.
-        protect: name patterns of layers whose neurons are never ablated, e.g. ["fc.*"].
-        skip_step: the reference steps first and rewires with the same gradient.
-
-    Differs: surplus weights of a row are trimmed by |w| (the reference sorts booleans), no layer is protected or
-    ablated by an accident of names, and scores of ablated rows are not modified in place. Kept weights that are exactly
-    zero count as kept.
-    """
-    return replace(
-        rigl(stop=stop, every=every, start=start, drop_fraction=drop_fraction, skip_step=skip_step),
-        structure=ConstantFanIn(group),
-        ablation=salient_neurons(gamma, group, permanent_ablation, tuple(protect)),
-    )
+def _check_reached(name: str, what: str, updates: UpdateSchedule, step: int) -> None:
+    """Raises where no update comes at this step or after it."""
+    if updates.last < step:
+        raise SparsityError(
+            f"`{name}` would never reach its final density: {what} is step {step}, but the last update before "
+            f"stop={updates.stop} is at step {updates.last}. Choose a later stop, or update more often."
+        )
 
 
 def snfs(*, stop: int, every: int, start: int | None = None, drop_fraction: float | Schedule = 0.5) -> DropGrow:
     """Sparse networks from scratch: sparse momentum (Dettmers & Zettlemoyer, arXiv 1907.04840, Alg. 1).
 
     drop: in each layer the fraction of least |w|; the weights so freed go to layers in proportion to their mean
-    |momentum|; grow: highest |momentum| (Adam: m/√v), which is kept dense. Default fraction: 0.5, cosine.
+    |momentum|; grow: highest |momentum| (Adam: m/√v), which is kept dense. A layer of less than 20 % zeros that is to
+    grow drops at most its sparsity. Default fraction: 0.5, cosine.
 
     Differs: clock in optimizer steps (the paper: epochs); the total is exact, so that the reference's drift correction
     is not needed; caps are the room itself, not 0.99 of it.
     """
-    fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction, stop)
+    fraction = _annealed(drop_fraction, stop)
     return DropGrow(
         grow=criteria.momentum,
         updates=UpdateSchedule(every, stop, start, fraction),
@@ -230,8 +64,13 @@ def snfs(*, stop: int, every: int, start: int | None = None, drop_fraction: floa
 
 
 def snfs_lite(*, stop: int, every: int = 100, drop_fraction: float | Schedule = 0.3, beta: float = 0.9) -> DropGrow:
-    """RigL with growth by a running mean of the gradient (RigL's repository, there called SNFS): one tensor per weight,
-    no re-allocation. The mean is β·mean + (1 - β)·g on every step."""
+    """SNFS-lite: RigL with growth by a running mean of the gradient (RigL's repository, there called SNFS).
+
+    drop: as `rigl`; grow: highest |mean|, mean ← β·mean + (1 - β)·g on every step, the update step included; β = 0 is
+    RigL. One tensor per weight, no re-allocation.
+
+    Differs: nothing is bias-corrected, and the mean is kept apart from the optimizer's momentum.
+    """
     return replace(rigl(stop=stop, every=every, drop_fraction=drop_fraction), grow=criteria.average_gradient(beta))
 
 
@@ -242,9 +81,11 @@ def dsr(*, target: int, stop: int, every: int, start: int | None = None, initial
     proportion to their surviving weights. H doubles or halves so that about `target` weights move per update.
 
     Args:
-        target: N_p, the number of weights that each update should move (the paper: 600 for a WRN-28-2).
+        target: N_p, the number of weights that each update should move (the reference code: 600).
+        initial_threshold: H at the start (the reference code: 1e-3).
 
-    Differs: what rounding leaves goes to the largest remainder, not to a random layer.
+    Differs: what rounding leaves goes to the largest remainder, not to a random layer; single weights, where the
+    reference may move whole 2-D kernels of a convolution; no more are dropped than find a place to grow.
     """
     return DropGrow(
         grow=criteria.random,
@@ -266,9 +107,10 @@ def itop(
     drop: the fraction of least |w|, by a cosine from 0.5 to 0.005 at `stop`, the end of training; grow: `gradient`
     (RigL-ITOP, the paper's ΔT: 4000), `random` (SET-ITOP, 1500) or `random_unfired()` (weights that never were active
     first). `sparsifier.metrics()` has the exploration rate R_s.
+
+    Differs: fractions are rounded down; random growth is exact in number (the code draws each weight by itself).
     """
-    fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction, stop, final=0.005)
-    return DropGrow(grow=grow, updates=UpdateSchedule(every, stop, None, fraction))
+    return DropGrow(grow=grow, updates=UpdateSchedule(every, stop, None, _annealed(drop_fraction, stop, 0.005)))
 
 
 def granet(
@@ -288,14 +130,21 @@ def granet(
     |dL/dw|. The fraction follows a cosine from 0.5 to 0.005 at `stop`. scope="layer" is the uniform variant: (1) in
     each layer by the distribution.
 
-    Differs: progress counts steps, not events; ranks, not a threshold, so that ties do not change the count.
+    Args:
+        stop, every: optimizer steps; masks change on every, 2·every, ... < stop (the paper's ΔT: 1000 for CIFAR).
+        prune_start, prune_stop: when the density begins to fall, and when it is there; an update must come then or
+            later. The reference code: epochs 0 and 110 for CIFAR, 0 and 30 for ImageNet.
+        initial_density: at least the final one.
+
+    Differs: progress counts steps, not events; fractions are rounded down; ranks, not a threshold, so that ties do not
+    change the count.
     """
-    if not 0 < initial_density <= 1:
-        raise SparsityError(f"`initial_density` must lie in (0, 1]; got {initial_density}.")
-    fraction = drop_fraction if callable(drop_fraction) else cosine(drop_fraction, stop, final=0.005)
+    check_density("initial_density", initial_density)
+    updates = UpdateSchedule(every, stop, None, _annealed(drop_fraction, stop, 0.005))
+    _check_reached("granet", "prune_stop", updates, prune_stop)
     return DropGrow(
         grow=criteria.gradient,
-        updates=UpdateSchedule(every, stop, None, fraction),
+        updates=updates,
         density=ramp(inverse_power(1.0, stop=prune_stop, start=prune_start), initial_density),
         reallocate=global_ranking() if scope == "global" else None,
     )
@@ -312,7 +161,7 @@ def mest(
 ) -> DropGrow:
     """MEST (Yuan et al., arXiv 2110.14032): elastic mutation, and with `soft` the soft memory bound (EM&S).
 
-    drop: least |w| + λ·|g|; grow: at random. In three stages, ended by `boundaries` (fractions of `stop`):
+    drop: least |w| + λ·|g|; grow: at random, at zero. In three stages, ended by `boundaries` (fractions of `stop`):
 
     - EM: prune to 0.8, 0.9, 1 times the final density d and grow back to d;
     - EM&S: prune to d and grow to 1.5, 1.25, 1 times d, so that more than d is held between updates.
@@ -321,30 +170,45 @@ def mest(
         weight: λ; the reference code's default is 0.
         factors: other factors for the three stages.
 
-    Differs: clock in optimizer steps (the reference: every 5 epochs, stages at 90 and 120 of 160).
+    Differs: clock in optimizer steps (the reference: every 5 epochs, stages at 90 and 120 of 160); weights are moved
+    one by one, where the reference also has blocks and kernel patterns.
     """
     factors = factors or ((1.5, 1.25, 1.0) if soft else (0.8, 0.9, 1.0))
     times = (0, round(boundaries[0] * stop), round(boundaries[1] * stop))
+    if not times[0] < times[1] < times[2] < stop:
+        raise SparsityError(
+            f"`boundaries` of `mest` must part the run into three stages, as fractions of stop={stop} that ascend "
+            f"within (0, 1); got {boundaries}."
+        )
     high = stages(times, factors if soft else (1.0, 1.0, 1.0))
     low = stages(times, (1.0, 1.0, 1.0) if soft else factors)
     if any(not 0 < a <= b for a, b in zip(low.values, high.values, strict=True)):
         raise SparsityError(f"`factors` of `mest` must be {'at least 1' if soft else 'in (0, 1]'}; got {factors}.")
+    updates = UpdateSchedule(every, stop, None, constant(0.0))
+    if soft:
+        _check_reached("mest", "the last stage", updates, times[2])
     fraction = stages(times, tuple(1 - a / b for a, b in zip(low.values, high.values, strict=True)))
     return DropGrow(
         drop=criteria.magnitude_gradient(weight),
         grow=criteria.random,
-        updates=UpdateSchedule(every, stop, None, fraction),
+        updates=replace(updates, drop_fraction=fraction),
         density=_times(high) if soft else None,
+        reinit=True,
     )
 
 
 @dataclass(frozen=True)
 class _times:
-    """The final density times a schedule, at most 1."""
+    """The final density times a schedule."""
 
     factor: Schedule
 
     def __call__(self, step: int, final: float) -> float:
+        if final * self.factor(step) > 1 + 1e-9:
+            raise SparsityError(
+                f"The soft memory bound of `mest` is {self.factor(step):g} times the final density, which is "
+                f"{final:g}: more than dense. Raise the sparsity, or give smaller `factors`."
+            )
         return min(final * self.factor(step), 1.0)
 
 
@@ -353,8 +217,8 @@ def dst_ee(*, c: float, epsilon: float, stop: int, every: int = 100, drop_fracti
     |g| + c·ln(t)/(N + ε), N the number of mask periods in which the weight was active.
 
     Args:
-        c, epsilon: required, since the paper's values are not known to us; c is useful at the scale of |g|,
-            epsilon = 1.
+        c, epsilon: required, since the paper's values are not known to us. Begin with c = 1e-3 and epsilon = 1: c is
+            useful at the scale of |g|. Larger values grow the least visited weights first.
 
     Differs: the formula is recalled, not read in code; no fidelity is claimed. c = 0 is RigL, bit for bit.
     """
@@ -366,7 +230,13 @@ def dst_ee(*, c: float, epsilon: float, stop: int, every: int = 100, drop_fracti
 
 def static_reinit(*, stop: int, every: int = 100, drop_fraction: float | Schedule = 0.3) -> DropGrow:
     """Static masks whose least weights start anew, with values of the initial distribution (RigL's repository): tells
-    what moving connections add to shaking them."""
+    what moving connections add to shaking them.
+
+    drop: the int(f·nnz) active weights of least |w|, by RigL's f(t); grow: the same ones, at values drawn from the
+    layer's initial active weights, their optimizer state at zero.
+
+    Differs: the optimizer steps as well; see `criteria.initial_distribution` for the values.
+    """
     return DropGrow(
         grow=criteria.same,
         updates=UpdateSchedule(every, stop, None, drop_fraction),
@@ -401,16 +271,20 @@ def acdc(
     if steps is not None:
         switches = [round(steps * percent / 100) for percent in (*range(10, 80, 5), 85)]
     times = tuple(switches or ())
-    method = DropGrow(
+    if not times or times[0] < 1 or list(times) != sorted(set(times)):
+        raise SparsityError(
+            f"`acdc` needs switches that ascend, from step 1 on (training begins dense); got {times}"
+            + ("." if steps is None else f", since steps={steps} is too short: give at least 20 steps.")
+        )
+    if len(times) % 2 == 0:
+        raise SparsityError(f"`switches` must be odd in number, so that the run ends sparse; got {len(times)}.")
+    return DropGrow(
         grow=criteria.random,
         updates=UpdateSteps(times),
         density=alternating(times),
         reallocate=global_ranking() if scope == "global" else None,
         optimizer_state="reset",
     )
-    if len(times) % 2 == 0:
-        raise SparsityError(f"`switches` must be odd in number, so that the run ends sparse; got {len(times)}.")
-    return method
 
 
 def harmonic(
@@ -420,13 +294,10 @@ def harmonic(
 
     The density is `schedules.harmonic_like`, our own formula since the paper's was not available; regrown weights start
     at zero. The last update before `stop` reaches the final density.
+
+    Differs: the formula, hence the name of the schedule; no fidelity is claimed.
     """
-    last = (stop - 1) // every * every
-    if last < every:
+    updates = UpdateSchedule(every, stop, 0, constant(0.0))
+    if updates.last < every:
         raise SparsityError(f"`harmonic` needs an update step before stop={stop}; with every={every} there is none.")
-    return DropGrow(
-        grow=grow,
-        updates=UpdateSchedule(every, stop, 0, constant(0.0)),
-        density=harmonic_like(last, 0, amplitude, waves),
-        structure=Unstructured(),
-    )
+    return DropGrow(grow=grow, updates=updates, density=harmonic_like(updates.last, 0, amplitude, waves))

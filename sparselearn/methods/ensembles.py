@@ -34,7 +34,8 @@ class moments(tracker):
         now[-2, :-2], now[-1, :-2] = x.mean(0), x.square().mean(0)
         now[:-2, -2], now[:-2, -1] = y.mean(0), y.square().mean(0)
         now[-1, -1] = 1
-        return self.beta * value + (1 - self.beta) * now
+        mean = self.beta * value + (1 - self.beta) * now
+        return torch.where(now.isfinite().all(), mean, value)  # fp16 may overflow; such a step is not taken
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class hebbian:
     """
 
     beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise SparsityError(f"`beta` of a running mean must lie in [0, 1); got {self.beta}.")
 
     @property
     def trackers(self) -> tuple[Tracker, ...]:
@@ -64,6 +69,9 @@ class hebbian:
 def g2gnet(*, stop: int, every: int = 100, drop_fraction: float | Schedule = 0.3, beta: float = 0.9) -> DropGrow:
     """G2GNet's dynamics (arXiv 2508.14140): drop by |w|, Hebbian growth; give `group_supports` as `support=`.
 
-    Differs: only the abstract was read; see `hebbian` and `group_supports`.
+    The running means are over forward passes: two micro-batches count as two batches.
+
+    Differs: only the abstract was read, so the details are ours and no fidelity is claimed; see `hebbian` and
+    `group_supports`.
     """
     return DropGrow(grow=hebbian(beta), updates=UpdateSchedule(every, stop, None, drop_fraction))

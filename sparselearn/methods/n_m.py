@@ -41,9 +41,9 @@ def sr_ste(
 
 @dataclass(frozen=True)
 class decaying:
-    """β of MdGf: 1 until `start`, then max(0, 1 - rate·t) or exp(-rate·t), t from `start`; 0 from `stop` on."""
+    """β of MdGf: 1 until `start`, then max(0, 1 - per_step·t) or exp(-per_step·t), t from `start`; 0 from `stop` on."""
 
-    rate: float
+    per_step: float
     start: int
     stop: int
     kind: Literal["linear", "exponential"]
@@ -54,7 +54,7 @@ class decaying:
         if step >= self.stop:
             return 0.0
         t = step - self.start
-        return max(0.0, 1 - self.rate * t) if self.kind == "linear" else math.exp(-self.rate * t)
+        return max(0.0, 1 - self.per_step * t) if self.kind == "linear" else math.exp(-self.per_step * t)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ A method is a `StraightThrough` value; N:M training is its main use. The factori
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -32,7 +31,7 @@ class StraightThrough:
         stop: the step from which on the mask stays; None never stops.
         density: global density at a step, from (step, final density), for structures that leave it open.
         stage: structure at a step, None = dense (M all true); overrides `structure`, which is that of the end. A new
-            stage refreshes the mask at once.
+            stage refreshes the mask at once, as does another value of `backward`.
         residual: β at a step. The model is exactly sparse where it is 0.
         penalty: added to g: a tensor of (layer), with `layer.weight` dense and `layer.grad` = g. See `masked_decay`.
         penalty_after_clip: add it after clipping; only where the wrapper or a hand-written loop does the step.
@@ -84,6 +83,8 @@ class StraightThrough:
         """Whether the mask for this step is chosen anew."""
         if step == 0 or self.structure_at(step) != self.structure_at(step - 1):
             return True
+        if self.backward is not None and self.backward(step) != self.backward(step - 1):
+            return True
         return step % self.every == 0 and (self.stop is None or step < self.stop)
 
     def mask(self, layer: Layer, nnz: int, step: int) -> Tensor:
@@ -102,9 +103,12 @@ class StraightThrough:
     def backward_mask(self, layer: Layer, step: int) -> Tensor:
         """B: the mask's weights, then the best others."""
         assert self.backward is not None
-        n, active = layer.mask.numel(), int(layer.mask.sum())
-        extra = min(round(self.backward(step) * n), n - active)
-        return Unstructured().topk(self.criterion(layer).float(), active + extra, layer.mask)
+        score, active = self.criterion(layer).float(), int(layer.mask.sum())
+        if layer.support is not None:
+            score = score.masked_fill(~layer.support, -torch.inf)
+        room = layer.mask.numel() if layer.support is None else int(layer.support.sum())
+        extra = min(round(self.backward(step) * layer.mask.numel()), room - active)
+        return Unstructured().topk(score, active + extra, layer.mask)
 
     def forward_weights(self, layer: Layer) -> Tensor:
         """What the model's weight holds between steps."""
@@ -148,6 +152,17 @@ class top_kast_penalty:
         return torch.where(layer.mask, decay, decay / density)
 
 
+@dataclass(frozen=True)
+class until:
+    """A value before step `stop`, 0 from then on; None never stops."""
+
+    value: float
+    stop: int | None = None
+
+    def __call__(self, step: int) -> float:
+        return self.value if self.stop is None or step < self.stop else 0.0
+
+
 def top_kast(
     *, exploration: float, penalty: float = 1e-4, every: int = 1, stop_exploration: int | None = None
 ) -> StraightThrough:
@@ -165,15 +180,13 @@ def top_kast(
     Differs: the form of the penalty is that of the third-party port and the paper's text with squared norms; no
     reference code of the authors was read. Decoupled weight decay is undone outside B.
     """
-    if exploration < 0:
-        raise SparsityError(f"`exploration` is a density and must be at least 0; got {exploration}.")
+    if not 0 <= exploration <= 1:
+        raise SparsityError(f"`exploration` is a density and must lie in [0, 1]; got {exploration}.")
+    if penalty < 0:
+        raise SparsityError(f"`penalty` of `top_kast` must be at least 0; got {penalty}.")
     return StraightThrough(
         Unstructured(),
         every=every,
         penalty=top_kast_penalty(penalty) if penalty else None,
-        backward=partial(_extra, exploration, stop_exploration),
+        backward=until(exploration, stop_exploration),
     )
-
-
-def _extra(exploration: float, stop: int | None, step: int) -> float:
-    return 0.0 if stop is not None and step >= stop else exploration

@@ -40,6 +40,10 @@ class Structure(Protocol):
         """
         return score
 
+    def first(self, score: Tensor, nnz: int) -> Tensor:
+        """The mask with nnz active weights that training begins with, from random scores in [0, 1)."""
+        return self.topk(score, nnz)
+
 
 def count(sparsity: float, n: int) -> int:
     """nnz of n weights at this sparsity: n - floor(sparsity·n), RigL's rounding.

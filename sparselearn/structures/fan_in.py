@@ -26,6 +26,8 @@ class ConstantFanIn(Structure):
         group: this many neighbouring neurons share the positions of their weights, chosen by the score summed over
             them; ablated neurons of a group take no part. Where `out` is no multiple the last group is smaller. With
             `keep`, positions kept by any neuron of a group rank first.
+        balanced: groups begin with masks that use every input about as often; at random otherwise, where few groups
+            leave many inputs unused. Neurons by themselves (group = 1) always begin at random.
 
     >>> score = torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]])
     >>> ConstantFanIn().topk(score, nnz=2).int()
@@ -37,6 +39,7 @@ class ConstantFanIn(Structure):
     """
 
     group: int = 1
+    balanced: bool = True
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -72,6 +75,18 @@ class ConstantFanIn(Structure):
             chosen[candidates] = highest(worth[candidates], fan_in, kept)
             mask = self._spread(chosen, len(matrix)) & active.unsqueeze(1)
         return mask.view(score.shape)
+
+    def first(self, score: Tensor, nnz: int) -> Tensor:
+        if self.group == 1 or not self.balanced:
+            return self.topk(score, nnz)
+        matrix = rows(score)
+        worth = self._grouped(matrix)[:, 0].clone()  # of one neuron for its group; -inf stays
+        uses = worth.new_zeros(worth.shape[1])
+        fan_in = nnz // len(matrix)
+        for i in range(len(worth)):  # deals out inputs like shuffled decks of cards: the least used first
+            worth[i] -= uses
+            uses += highest(worth[i], fan_in)
+        return self.topk(self._spread(worth, len(matrix)).view(score.shape), nnz)
 
     def check(self, mask: Tensor, nnz: int) -> None:
         check_total(mask, nnz)

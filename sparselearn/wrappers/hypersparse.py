@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearn.errors import SparsityError
+from sparselearn.structures import count
 from sparselearn.wrappers.one_shot import global_masks
 
 CURVE = 0.6584789484624084  # artanh(1/√3): tanh bends most there
@@ -21,7 +22,7 @@ class HyperSparse:
         ∂R/∂w = sign(w)·s·sech²(s|w|)·(Σ|w| / Σtanh(s|w|))
 
     over all sparse weights as one vector. R itself is 0 always; only its gradient matters. Call `add_gradient` between
-    backward and the optimizer's step. λ(t) = rate·growth^max(0, epoch - warm_up).
+    backward and the optimizer's step (with GradScaler after `unscale_`). λ(t) = rate·growth^max(0, epoch - warm_up).
 
     >>> w = {"w": torch.tensor([0.1, -0.2, 0.4, 1.0])}
     >>> [round(x, 4) for x in HyperSparse(sparsity=0.5).gradient(w)["w"].tolist()]
@@ -33,10 +34,17 @@ class HyperSparse:
     growth: float = 1.05
     warm_up: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1 or self.rate < 0 or self.growth <= 0 or self.warm_up < 0:
+            raise SparsityError(
+                "`HyperSparse` needs a sparsity in [0, 1), rate >= 0, growth > 0 and warm_up >= 0 epochs; got "
+                f"{self.sparsity}, {self.rate}, {self.growth} and {self.warm_up}."
+            )
+
     def gradient(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∂R/∂w of each weight."""
         magnitude = torch.cat([w.detach().reshape(-1).abs().double() for w in weights.values()])
-        order = int(self.sparsity * magnitude.numel())
+        order = magnitude.numel() - count(self.sparsity, magnitude.numel())
         pivot = magnitude.kthvalue(min(order + 1, magnitude.numel())).values
         s = CURVE / pivot.clamp(min=torch.finfo(torch.float32).tiny)
         factor = s * magnitude.sum() / torch.tanh(s * magnitude).sum().clamp(min=torch.finfo(torch.float32).tiny)
@@ -66,8 +74,10 @@ class ARTController:
 
     After every regularised epoch give the training accuracy of a copy pruned by `prune` and the masks. Their mean over
     `buffer` epochs is watched; once the best mean exceeds the dense model's training accuracy, `finished` is True and
-    `masks` are those of the middle epoch of the best buffer. Build `Sparsifier(model, static(), sparsity=..)` then,
-    `set_masks(controller.masks)`, and fine-tune with a new optimizer.
+    `masks` are those of the middle epoch of the best buffer. Then build `Sparsifier(model, static(), sparsity=0.0)`,
+    which changes nothing yet, call its `set_masks(controller.masks)`, and fine-tune with a new optimizer.
+
+    The weights that go on are those in the model; a copy of the masks' epoch is the caller's to keep.
     """
 
     dense_accuracy: float
@@ -78,10 +88,17 @@ class ARTController:
     masks: dict[str, Tensor] = field(default_factory=dict)
     recent: list[tuple[float, dict[str, Tensor]]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1 or self.buffer < 1:
+            raise SparsityError(
+                f"`ARTController` needs a sparsity in [0, 1) and a buffer of at least one epoch; got {self.sparsity} "
+                f"and {self.buffer}."
+            )
+
     def prune(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Global magnitude masks at the sparsity."""
         size = sum(w.numel() for w in weights.values())
-        return global_masks({n: w.abs() for n, w in weights.items()}, size - int(self.sparsity * size))
+        return global_masks({n: w.abs() for n, w in weights.items()}, count(self.sparsity, size))
 
     def observe(self, accuracy: float, masks: dict[str, Tensor]) -> bool:
         """Take note of one epoch; returns `finished`."""

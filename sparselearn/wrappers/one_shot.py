@@ -1,6 +1,9 @@
 """Masks from outside of a training step: global one-shot pruning, and the outer loops of papers built on it."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,8 @@ from torch.optim import Optimizer
 
 from sparselearn.distributions import snip_scores
 from sparselearn.errors import SparsityError
+from sparselearn.methods.drop_grow import part_of
+from sparselearn.schedules import check_density
 from sparselearn.selection import select_weights
 from sparselearn.sparsifier import Sparsifier
 from sparselearn.state import generator
@@ -66,7 +71,8 @@ def activating_while_pruning(
 
     Of all active weights the fraction prune - activate of least |w| goes, over all layers; then, of the survivors, the
     fraction `activate` that is negative and has moved least since the cycle's start, |w - w_start|: such weights push
-    pre-activations down for good. Rewind the kept weights to `start` afterwards, as in iterative pruning.
+    pre-activations down for good. Every layer keeps its largest weight. Rewind the kept weights to `start` afterwards,
+    as in iterative pruning. The paper: prune = 0.2, activate = 0.02.
 
     Differs: norm and bias parameters take no part (the reference includes every parameter named 'weight'); where there
     are too few negative weights all of them go (the reference fails).
@@ -74,10 +80,12 @@ def activating_while_pruning(
     if not 0 <= activate <= prune < 1:
         raise SparsityError(f"AP needs 0 <= activate <= prune < 1; got activate={activate}, prune={prune}.")
     active = sum(int(mask.sum()) for mask in masks.values())
-    kept = global_masks({n: w.abs() for n, w in weights.items()}, active - int((prune - activate) * active), masks)
+    kept = global_masks({n: w.abs() for n, w in weights.items()}, active - part_of(prune - activate, active), masks)
     negative = {n: kept[n] & (w < 0) for n, w in weights.items()}
+    for name, w in weights.items():
+        negative[name] &= ~top_indices(w.abs().masked_fill(~kept[name], -1).reshape(-1), 1).view(w.shape)
     still = {n: -(w - start[n]).abs() for n, w in weights.items()}
-    n_drop = min(int(activate * active), sum(int(m.sum()) for m in negative.values()))
+    n_drop = min(part_of(activate, active), sum(int(m.sum()) for m in negative.values()))
     names = list(weights)
     flat = torch.cat([still[n].float().masked_fill(~negative[n], -torch.inf).reshape(-1) for n in names])
     for n, part in zip(names, top_indices(flat, n_drop).split([weights[n].numel() for n in names]), strict=True):
@@ -103,7 +111,7 @@ def anytime_pruning(
     stream: Iterable[Callable[[nn.Module], Tensor]],
     densities: Iterable[float],
     *optimizers: Optimizer,
-) -> Iterable[int]:
+) -> Iterator[int]:
     """APP: anytime progressive pruning (Misra et al., arXiv 2202.07155): before each megabatch a one-shot global SNIP.
 
     `stream` gives, for each megabatch, the loss of the model on part of it (the paper: 20 %); `densities` are those of
@@ -112,13 +120,20 @@ def anytime_pruning(
         for b in anytime_pruning(model, sparsifier, losses, app_densities(10, last=10), optimizer):
             fit(megabatches[b])
 
-    Masks only shrink. Start from a `Sparsifier(model, static(), sparsity=0.0)`.
+    Masks only shrink; `stream` and `densities` must be of one length. Start from a
+    `Sparsifier(model, static(), sparsity=0.0)`.
 
     Differs: all selected weights take part (the reference: convolutions); loading the best model of the last megabatch
     is the caller's, as is the restart of the learning rate.
     """
     size = sum(mask.numel() for mask in sparsifier.masks.values())
-    for index, (loss, density) in enumerate(zip(stream, densities, strict=False)):
+    for index, (loss, density) in enumerate(zip_longest(stream, densities)):
+        if loss is None or density is None:
+            raise SparsityError(
+                f"`anytime_pruning` needs a density for each megabatch; there are {index} "
+                f"{'megabatches' if loss is None else 'densities'}, and more of the other."
+            )
+        check_density("densities", density)
         scores = snip_scores(model, loss, list(sparsifier.masks))
         nnz = min(round(density * size), sparsifier.nnz)
         sparsifier.set_masks(global_masks(scores, nnz, sparsifier.masks), *optimizers)
@@ -137,8 +152,8 @@ def random_search(
     """The best of K random node masks at initialisation: a baseline that is known not to beat random pruning.
 
     In every weight [out, in, ...] but the last layer's each output is active with its whole row or not at all, a
-    fraction `density` of them; the masks with the least `loss(model)` win. Give the result to
-    `Sparsifier(support=...)`, or to `set_masks`.
+    fraction `density` of them; the masks with the least `loss(model)` win, and the model stays as it was, buffers
+    included. Train them by `Sparsifier(model, static(), sparsity=0.0)` and its `set_masks(result)`.
 
     Differs: only the abstract of the random-search study was known; the choice of K masks and of the loss at
     initialisation is ours. No fidelity is claimed.
@@ -147,23 +162,33 @@ def random_search(
         raise SparsityError(f"`random_search` needs 0 < density <= 1 and trials >= 1; got {density}, {trials}.")
     chosen = {w.name: w.parameter for w in select_weights(model, names)}
     weights = dict(list(chosen.items())[:-1]) or chosen
-    saved = {name: p.detach().clone() for name, p in weights.items()}
-    best: tuple[float, dict[str, Tensor]] | None = None
-    with torch.no_grad():
-        for trial in range(trials):
-            masks = {}
-            for name, parameter in weights.items():
-                score = torch.rand(len(parameter), generator=generator(seed, trial, name))
-                nodes = top_indices(score, max(1, round(density * len(score)))).to(parameter.device)
-                masks[name] = nodes.view(-1, *[1] * (parameter.ndim - 1)).expand(parameter.shape).clone()
-                parameter.masked_fill_(~masks[name], 0)
+    best = math.inf
+    result: dict[str, Tensor] = {}
+    for trial in range(trials):
+        masks = {}
+        for name, parameter in weights.items():
+            score = torch.rand(len(parameter), generator=generator(seed, trial, name))
+            nodes = top_indices(score, max(1, round(density * len(score)))).to(parameter.device)
+            masks[name] = nodes.view(-1, *[1] * (parameter.ndim - 1)).expand(parameter.shape).clone()
+        with torch.no_grad(), _masked(model, weights, masks):
             value = float(loss(model))
-            for name, parameter in weights.items():
-                parameter.copy_(saved[name])
-            if best is None or value < best[0]:
-                best = value, masks
-    assert best is not None
-    return best[1]
+        if not result or value < best:
+            best, result = (value if value == value else math.inf), masks  # NaN never wins
+    return result
+
+
+@contextmanager
+def _masked(model: nn.Module, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with masked weights; afterwards with the old ones and the old buffers (running statistics)."""
+    changing = [*weights.values(), *model.buffers()]
+    saved = [t.detach().clone() for t in changing]
+    for name, weight in weights.items():
+        weight.masked_fill_(~masks[name], 0)
+    try:
+        yield
+    finally:
+        for tensor, old in zip(changing, saved, strict=True):
+            tensor.copy_(old)
 
 
 def group_supports(shapes: Mapping[str, torch.Size], *, groups: int, links: float, seed: int = 0) -> dict[str, Tensor]:
