@@ -44,7 +44,7 @@ from sparselearn.methods import (
     top_kast,
 )
 from sparselearn.optimizer import SparseOptimizer
-from sparselearn.schedules import Schedule, UpdateSchedule, UpdateSteps, scale_schedule
+from sparselearn.schedules import Schedule, UpdateSchedule, UpdateSteps, check_run, scale_schedule
 from sparselearn.selection import split_projections
 from sparselearn.sparsifier import Sparsifier
 from sparselearn.state import SparseState
@@ -86,6 +86,7 @@ __all__ = [
     "acdc",
     "asp",
     "cast",
+    "check_run",
     "criteria",
     "distributions",
     "dsr",

@@ -19,6 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparselearn.errors import SparsityError, closest
+from sparselearn.schedules import check_run
 
 TIMES = ("every", "start", "stop", "steps", "prune_start", "prune_stop", "stop_exploration", "warmup")
 CALLABLES = ("data", "model", "method", "distribution", "optimizer", "schedule")
@@ -104,6 +105,8 @@ def load(source: str, changes: list[str] | None = None) -> Config:
     _resolve_times(config)
     for key in CALLABLES:
         check(key, getattr(config, key))
+    if config.method is not None:
+        check_run(build("method", config.method), config.max_steps)
     return config
 
 
@@ -155,9 +158,6 @@ def _resolve_times(config: Config) -> None:
     config.warmup = steps("warmup", config.warmup)
     if not isinstance(config.warmup, int) or config.warmup < 0:
         raise SparsityError(f"`warmup` must be a number of optimizer steps or a fraction; got {config.warmup!r}.")
-    stop = (config.method or {}).get("stop")
-    if isinstance(stop, int) and stop > config.max_steps:
-        raise SparsityError(f"`method.stop` is {stop}, past the end of the run (max_steps = {config.max_steps}).")
 
 
 def find(name: str, where: str) -> Any:

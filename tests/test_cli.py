@@ -58,7 +58,7 @@ def test_help_is_fast_because_nothing_heavy_is_imported():
 def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys):
     assert main([command, "digits", "sparsty=0.9", "--out", str(tmp_path / "run")]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: `digits.yaml`: unknown key `sparsty`. Closest: `sparsity`, `variant`, `variants`.\n"
+    assert captured.err == "error: `digits.yaml`: unknown key `sparsty`. Closest: `sparsity`, `support`, `variant`.\n"
     assert captured.out == ""
     assert not (tmp_path / "run").exists()
 

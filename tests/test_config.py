@@ -33,17 +33,21 @@ max_steps: 200
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ("sparsty=0.9", "`digits.yaml`: unknown key `sparsty`. Closest: `sparsity`, `variant`, `variants`."),
+        ("sparsty=0.9", "`digits.yaml`: unknown key `sparsty`. Closest: `sparsity`, `support`, `variant`."),
         ("seed=abc", "`digits.yaml`: `seed`: Value 'abc' of type 'str' could not be converted to Integer."),
         ("max_steps=1.5", "`digits.yaml`: `max_steps`: Value '1.5' of type 'float' could not be converted to Integer."),
-        ("variant=rgl", "`digits.yaml` has no variant `rgl`; it has: dense, static, set, rigl, gmp."),
+        ("variant=rgl", "`digits.yaml` has no variant `rgl`; it has: dense, static, set, rigl, srigl, nm, gmp."),
         ("oops", "`oops` must have the form key=value, as in sparsity=0.95."),
         ("max_steps=0", "`max_steps` must be at least 1; got 0."),
         ("batch_size=0", "`batch_size` must be at least 1; got 0."),
         ("accumulate=0", "`accumulate` must be at least 1; got 0."),
         ("eval_every=-1", "`eval_every` must be at least 0; got -1."),
         ("sparsity=1.5", "`sparsity` is the fraction of zeros and must lie in [0, 1); got 1.5."),
-        ("method.stop=2000", "`method.stop` is 2000, past the end of the run (max_steps = 1500)."),
+        (
+            "method.stop=2000",
+            "`UpdateSchedule` has stop=2000, past the end of a run of 1500 optimizer steps. Give the method times of "
+            "this run, or train longer.",
+        ),
         ("method.every=2.5", "`method.every` must be a whole number of optimizer steps or a fraction in (0, 1]."),
         ("method.drop_fraction=2", "`drop_fraction` must lie in [0, 1]; got 2."),
         (
@@ -109,7 +113,7 @@ def test_broken_syntax_on_the_command_line():
 
 def test_a_mistake_in_a_variant_that_is_not_chosen(tmp_path):
     path = recipe(tmp_path, BASE + "variant: a\nvariants: {a: {sparsity: 0}, b: {sparsty: 0.5}}")
-    assert message(source=path) == "`mine.yaml`: unknown key `sparsty`. Closest: `sparsity`, `variant`, `variants`."
+    assert message(source=path) == "`mine.yaml`: unknown key `sparsty`. Closest: `sparsity`, `support`, `variant`."
 
 
 @pytest.mark.parametrize(

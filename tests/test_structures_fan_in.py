@@ -127,6 +127,40 @@ def test_budget_and_unit():
     assert abs(sum(nnz.values()) - 0.3 * (330 + 280 + 15)) < 7
 
 
+@quick
+@given(st.integers(2, 9), st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**31), st.data())
+def test_groups_begin_with_every_input_used_about_as_often(group, out, size, seed, data):
+    g = torch.Generator().manual_seed(seed)
+    fan_in = data.draw(st.integers(1, size))
+    score = torch.rand(out, size, generator=g)
+    before = score.clone()
+    mask = ConstantFanIn(group).first(score, fan_in * out)
+    ConstantFanIn(group).check(mask, fan_in * out)
+    uses = mask[::group].sum(0)  # a row of each group
+    assert int(uses.max()) - int(uses.min()) <= 1
+    assert torch.equal(score, before)
+    at_random = ConstantFanIn(group, balanced=False)
+    assert torch.equal(at_random.first(score, fan_in * out), at_random.topk(score, fan_in * out))
+    assert torch.equal(ConstantFanIn().first(score, fan_in * out), ConstantFanIn().topk(score, fan_in * out))
+
+
+def test_balanced_groups_by_hand_within_a_support():
+    score = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.0] * 4, [0.9, 0.7, 0.1, 0.2], [0.0] * 4, [0.5, 0.6, 0.7, -math.inf]])
+    score[1::2] = score[0::2][:2]
+    mask = ConstantFanIn(2).first(score, 10)  # the third group may not use input 3
+    assert mask[::2].int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]]
+
+
+def test_a_sparsifier_begins_balanced():
+    def most(**options):
+        method = rigl(stop=10, every=1, structure=ConstantFanIn(8, **options))
+        mask = Sparsifier(torch.nn.Linear(100, 64), method, sparsity=0.9).masks["weight"]
+        return int(mask[::8].sum(0).max())
+
+    assert most() == 1  # 8 groups of 10 inputs, of 100
+    assert most(balanced=False) > 1
+
+
 def test_rows():
     assert torch.equal(rows(torch.arange(24).view(2, 3, 4)), torch.arange(24).view(2, 12))
     strided = torch.arange(24).view(2, 4, 3).transpose(1, 2)

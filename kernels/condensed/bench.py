@@ -185,8 +185,8 @@ def summary(table: list[dict[str, object]]) -> Iterator[str]:
             if cell and (over == "dense" or factor == 1):
                 reached = _middle(cell, method, over)
                 verdict = "reached" if reached >= wanted * factor else "MISSED"
-                yield f"{verdict}: {sparsity:.0%}, batch {batch}, {method} over {over}: {reached:.2f} of "
-                yield f"  {wanted * factor}"
+                what = f"{sparsity:.0%}, batch {batch}, {method} over {over}"
+                yield f"{verdict}: {what}: {reached:.2f} of {wanted * factor}"
 
 
 def _is(line: dict[str, object], threads: str, sparsity: float, batch: int) -> bool:

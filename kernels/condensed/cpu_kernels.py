@@ -104,38 +104,43 @@ def _scratch(typing: Any, floats: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _dot(
-    typing: Any, lanes: Any, unroll: Any, values: Any, columns: Any, count: Any, x: Any, start: Any, y: Any
-) -> Any:
-    """y[0:lanes] = start + Σ_k values[k] · x[columns[k], 0:lanes] for k < count; the sums stay in registers."""
-    width, steps = lanes.literal_value, unroll.literal_value
+def _dot(typing: Any, lanes: Any, values: Any, columns: Any, count: Any, x: Any, start: Any, y: Any) -> Any:
+    """y[0:lanes] = start + Σ_k values[k] · x[columns[k], 0:lanes] for k < count; the sums stay in registers.
+
+    Loads are what this waits for, two a cycle; one load brings the columns of two or four weights.
+    """
+    width = lanes.literal_value
+    steps = 2 if width > 2 * BLOCK else 4  # sums side by side, as many as there are registers for
+    several = ir.IntType(16 * steps)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, _, values, columns, count, x, start, y = args
+        _, values, columns, count, x, start, y = args
         first = _splat(builder, start, width)
         sums = [
             cgutils.alloca_once_value(builder, first if u == 0 else ir.Constant(first.type, None)) for u in range(steps)
         ]
 
-        def step(k: Any, total: Any) -> None:
+        def step(k: Any, column: Any, total: Any) -> None:
             weight = _splat(builder, builder.load(_at(builder, values, F32, k)), width)
-            column = builder.zext(builder.load(_at(builder, columns, I16, k)), I64)
+            column = builder.zext(column, I64)
             numbers = builder.load(_vector_at(builder, x, width, builder.mul(column, I64(width))), align=4)
             builder.store(_fused(builder, weight, numbers, builder.load(total)), total)
 
         whole = builder.sub(count, builder.urem(count, I64(steps)))
         with cgutils.for_range_slice(builder, I64(0), whole, I64(steps), I64) as (k, _):
+            place = builder.bitcast(_at(builder, columns, I16, k), several.as_pointer())
+            read = builder.load(place, align=2)
             for u in range(steps):
-                step(builder.add(k, I64(u)), sums[u])
+                step(builder.add(k, I64(u)), builder.trunc(builder.lshr(read, several(16 * u)), I16), sums[u])
         with cgutils.for_range_slice(builder, whole, count, I64(1), I64) as (k, _):
-            step(k, sums[0])
+            step(k, builder.load(_at(builder, columns, I16, k)), sums[0])
         total = builder.load(sums[0])
         for other in sums[1:]:
             total = builder.fadd(total, builder.load(other))
         builder.store(total, _vector_at(builder, y, width), align=4)
         return context.get_dummy_value()
 
-    return types.void(lanes, unroll, *[types.intp] * 4, types.float32, types.intp), generate
+    return types.void(lanes, *[types.intp] * 4, types.float32, types.intp), generate
 
 
 @intrinsic
@@ -280,11 +285,11 @@ def tile(block: Any) -> None:
                 begin = bias[n] if a[5] else np.float32(0)
                 out = a[11] + 4 * (n * B + base) if direct else memory + 4 * r * T
                 if T == 32:
-                    _dot(32, 2, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                    _dot(32, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
                 elif T == 16:
-                    _dot(16, 4, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                    _dot(16, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
                 else:
-                    _dot(8, 4, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                    _dot(8, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
             if direct:
                 continue
             if by_feature:
