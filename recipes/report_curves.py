@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from sparselearn.recipes import report_style as look
-from sparselearn.recipes.report_runs import PREFIX, Run, megabytes
+from sparselearn.recipes.report_runs import PREFIX, Run
 from sparselearn.recipes.report_style import Picture, color, dash, panels, short, steps
 
 DENSITY = "sparsity/density/"
@@ -230,7 +230,7 @@ def cost(runs: Sequence[Run]) -> Picture | None:
     figure, axes = panels(3, 1.0 + 0.32 * len(shown), columns=3, width=look.WIDE)
     columns = {
         "training FLOPs, share of dense": [100 * run.facts["training_flops"] for _, run in shown],
-        "model size, MB": [megabytes(run) for _, run in shown],
+        "model size, MB": [run.facts.get("size_mb", np.nan) for _, run in shown],
         "training time, seconds": [run.facts.get("seconds", np.nan) for _, run in shown],
     }
     for ax, (title, values) in zip(axes, columns.items(), strict=True):

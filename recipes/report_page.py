@@ -26,6 +26,7 @@ COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("nnz", "Nonzero", lambda v: f"{v:,}"),
     ("parameters", "Parameters", lambda v: f"{v:,}"),
     ("training_flops", "Training FLOPs", lambda v: f"{v:.3f} × dense"),
+    ("size_mb", "Size", lambda v: f"{v:,.3f} MB"),
     ("seconds", "Time", _seconds),
     ("hardware", "Hardware", str),
     ("commit", "Commit", str),
@@ -60,8 +61,8 @@ figcaption{color:var(--muted);font-size:.9rem;margin:.15rem 0 .9rem}
 .plot svg image{image-rendering:pixelated}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.5rem .8rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
-thead th{color:var(--muted);font-weight:500;font-size:.82rem}
+th,td{padding:.5rem .65rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
+thead th{color:var(--muted);font-weight:500;font-size:.82rem;white-space:normal;vertical-align:bottom}
 tbody th{font-weight:600}
 tbody tr:last-child>*{border-bottom:0}
 .number{text-align:right}

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from torch import Tensor
 from sparselearn.errors import SparsityError
 from sparselearn.state import unpack
 
-NUMBERS = ("test_accuracy", "test_loss", "sparsity", "nnz", "parameters", "training_flops", "seconds", "steps")
+NUMBERS = ("test_accuracy", "sparsity", "nnz", "parameters", "training_flops", "inference_flops", "size_mb", "seconds",
+           "steps")  # fmt: skip
+MAYBE = ("test_loss", "gpu_mb", "examples_per_second")  # null where a run diverged, had no GPU, or was too short
 PREFIX = "network."  # of the network within the LightningModule
 
 
@@ -87,8 +88,10 @@ def read_run(folder: Path, label: str) -> Run:
     config = _mapping(folder / "config.yaml")
     result = _mapping(folder / "result.json") if (folder / "result.json").exists() else None
     versions = _mapping(folder / "versions.json") if (folder / "versions.json").exists() else {}
-    for key in NUMBERS:
+    for key in (*NUMBERS, *MAYBE):
         value = (result or {}).get(key, 0)
+        if value is None and key in MAYBE:
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SparsityError(f"`{folder / 'result.json'}`: `{key}` must be a number; it is {value!r}. {_AGAIN}")
     series = _metrics(folder / "metrics.csv", torn=result is None)
@@ -203,14 +206,3 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for setting in settings for key in setting)
     table = {key: [setting.get(key, "–") for setting in settings] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}
-
-
-def megabytes(run: Run) -> float:
-    """Size on disk in MB (1e6 bytes): float32 for every nonzero parameter, one bit per weight of a masked layer.
-
-    A layer whose mask is full needs no mask. NaN where result.json does not tell the counts.
-    """
-    if not {"nnz", "parameters"} <= run.facts.keys():
-        return math.nan
-    bits = sum(mask.numel() for mask in run.masks.values() if not bool(mask.all()))
-    return (4 * int(run.facts["nnz"]) + math.ceil(bits / 8)) / 1e6

@@ -1,6 +1,7 @@
 """One training run of a recipe, with everything that it needs to be repeated, resumed and compared."""
 
 import json
+import logging
 import math
 import os
 import platform
@@ -9,8 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -18,47 +19,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 import sparselearn
 from sparselearn import config as configs
-from sparselearn import criteria
 from sparselearn.config import Config
 from sparselearn.errors import SparsityError
-from sparselearn.flops import TrainingFlops, layer_flops, model_flops
+from sparselearn.flops import TrainingFlops, layer_flops, model_flops, stored_megabytes
 from sparselearn.lightning import SparsityCallback
+from sparselearn.recipes.callbacks import LAST, Bookkeeping, CsvMetrics, Plain, Rich, inner
 from sparselearn.recipes.data import Data
-
-LAST = "last.ckpt"
-
-
-class CsvMetrics(Logger):
-    """Appends `step,name,value` rows to metrics.csv, so that a resumed run goes on with the same file."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.path = folder / "metrics.csv"
-
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return "0"
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The resolved recipe is in config.yaml already."""
-
-    @pl.utilities.rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        fresh = not self.path.exists()
-        with self.path.open("a") as file:
-            if fresh:
-                file.write("step,name,value\n")
-            file.writelines(f"{step},{name},{value}\n" for name, value in metrics.items() if name != "epoch")
+from sparselearn.sparsifier import Sparsifier
 
 
 class Classifier(pl.LightningModule):
@@ -75,6 +46,8 @@ class Classifier(pl.LightningModule):
         self._schedule = configs.bound("schedule", config.schedule)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.config.channels_last:  # the weights stay as they are: torch converts them, and masks cost no more
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.network(x)  # type: ignore[no-any-return]
 
     def _loss(self, logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -86,7 +59,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss = self._loss(self(batch[0]), batch[1], self.config.label_smoothing)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss)  # not `prog_bar`: that waits for the device on every step
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
@@ -111,55 +84,6 @@ class Classifier(pl.LightningModule):
         optimizer = configs.build("optimizer", self.config.optimizer, parameters)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class _Bookkeeping(pl.Callback):
-    """Counts operations, and stops cleanly after a Ctrl-C: at the end of an optimizer step, with a checkpoint."""
-
-    def __init__(self, folder: Path, sparsity: SparsityCallback | None, flops: TrainingFlops) -> None:
-        self.folder, self.sparsity, self.flops = folder, sparsity, flops
-        self.stop, self.interrupted, self.seconds = False, False, 0.0
-        self._counted, self._start = 0, 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._counted, self._start = trainer.global_step, time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._counted:
-            return  # between the micro-batches of a step
-        self._counted = trainer.global_step
-        self._count()
-        if self.stop and trainer.global_step < trainer.max_steps:
-            self.interrupted = True
-            self._lap()
-            trainer.save_checkpoint(self.folder / LAST)
-            trainer.should_stop = True
-
-    def _count(self) -> None:
-        sparsifier = self.sparsity.sparsifier if self.sparsity is not None else None
-        densities: dict[str, float] = {}
-        dense = False
-        if sparsifier is not None:
-            densities = {name.removeprefix("network."): d for name, d in sparsifier.densities.items()}
-            updated = sparsifier.last_update.get("step") == sparsifier.step - 1
-            dense = updated and sparsifier.method.grow is criteria.gradient
-        self.flops.step(densities, dense)
-
-    def _lap(self) -> None:
-        now = time.perf_counter()
-        self.seconds, self._start = self.seconds + now - self._start, now
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._lap()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "spent": self.flops.spent, "steps": self.flops.steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = state_dict["seconds"]
-        self.flops.spent, self.flops.steps = state_dict["spent"], state_dict["steps"]
 
 
 def versions() -> dict[str, str]:
@@ -195,6 +119,7 @@ def _sparsity_callback(config: Config) -> SparsityCallback | None:
         distribution=configs.bound("distribution", config.distribution),
         select=config.select,
         exclude=config.exclude,
+        support=config.support,
         overrides=config.overrides,
         seed=config.seed,
         init=config.init,  # type: ignore[arg-type]
@@ -227,8 +152,12 @@ def _train(config: Config, folder: Path, resume: bool, progress: bool) -> dict[s
     if rank == 0:  # the others are started by the first one's trainer, in the same folder
         _claim(folder, config, resume)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tensors in memory need none
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning 2.6 asks torch for its old leaf class
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hardware and advertisement, once a run
     pl.seed_everything(config.seed, verbose=False)
     device = torch.device("cuda", rank) if _on_gpu(config) else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     data: Data = configs.build("data", config.data).to(device)
     micro = config.max_steps * config.accumulate
     if config.batch_size % (config.accumulate * world):
@@ -243,12 +172,12 @@ def _train(config: Config, folder: Path, resume: bool, progress: bool) -> dict[s
     _check_outputs(module.network, probe, data.classes)
     flops = TrainingFlops(layer_flops(module.network, probe), model_flops(module.network, probe))
     sparsity = _sparsity_callback(config)
-    books = _Bookkeeping(folder, sparsity, flops)
-    callbacks: list[pl.Callback] = [books, ModelCheckpoint(folder, filename="unused", save_last=True, save_top_k=0)]
+    books = Bookkeeping(folder, sparsity, flops)
+    callbacks: list[pl.Callback] = [books]
     if sparsity is not None:
         callbacks.insert(0, sparsity)
     if progress:
-        callbacks.append(RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=100))
+        callbacks.append(Rich() if sys.stdout.isatty() else Plain(refresh_rate=100))
     trainer = _trainer(config, folder, callbacks, micro, progress)
     previous = _on_interrupt(books)
     try:
@@ -284,6 +213,7 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], micro: 
         logger=CsvMetrics(folder),
         log_every_n_steps=min(50, micro),  # Lightning warns where a run is shorter than this
         num_sanity_val_steps=0,
+        enable_checkpointing=False,  # `Bookkeeping` keeps one
         enable_progress_bar=progress,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -321,7 +251,7 @@ def _claim(folder: Path, config: Config, resume: bool) -> None:
     write(folder / "versions.json", json.dumps(versions(), indent=1))
 
 
-def _on_interrupt(books: _Bookkeeping) -> Any:
+def _on_interrupt(books: Bookkeeping) -> Any:
     """The first Ctrl-C asks for a clean stop; a second one breaks off. None outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return None
@@ -335,9 +265,25 @@ def _on_interrupt(books: _Bookkeeping) -> Any:
     return previous
 
 
+def _megabytes(tensors: Iterable[Tensor]) -> float:
+    return round(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6, 3)
+
+
+def _tensors(states: Iterable[Mapping[Any, Mapping[str, Any]]]) -> Iterator[Tensor]:
+    """All tensors in the states of optimizers."""
+    for state in states:
+        for slots in state.values():
+            yield from (value for value in slots.values() if isinstance(value, Tensor))
+
+
+def _latent(sparsifier: Sparsifier | None) -> list[Tensor]:
+    """The dense weights that a straight-through method keeps beside the model's."""
+    return [layer.dense for layer in sparsifier.state.layers.values() if layer.dense is not None] if sparsifier else []
+
+
 def _finish(
     folder: Path, config: Config, trainer: pl.Trainer, module: Classifier, sparsity: SparsityCallback | None,
-    books: _Bookkeeping,
+    books: Bookkeeping,
 ) -> dict[str, Any]:  # fmt: skip
     sparsifier = sparsity.sparsifier if sparsity is not None else None
     weights = {"model": module.network.state_dict(), "sparsifier": sparsifier.state_dict() if sparsifier else None}
@@ -359,7 +305,13 @@ def _finish(
         "parameters": size,
         "diverged": not all(bool(torch.isfinite(p).all()) for p in module.network.parameters()),
         "training_flops": books.flops.fraction,
+        "inference_flops": books.flops.forward(inner(sparsifier.densities if sparsifier else {})) / books.flops.total,
+        "size_mb": stored_megabytes(module.network, inner(sparsifier.masks if sparsifier else {})),
+        "parameter_mb": _megabytes([*module.parameters(), *_latent(sparsifier)]),
+        "optimizer_mb": _megabytes(_tensors(optimizer.state for optimizer in trainer.optimizers)),
+        "gpu_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1) if module.device.type == "cuda" else None,
         "seconds": round(books.seconds, 2),
+        "examples_per_second": round(books.pace * config.batch_size, 1) if books.pace else None,
         "learning_rate": config.optimizer.get("lr"),
         "density_scaling": config.density_scaling,
         **versions(),

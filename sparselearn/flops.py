@@ -1,9 +1,10 @@
-"""Floating-point operations of sparse training, in the convention of the RigL paper (arXiv 1911.11134, App. H).
+"""Operations and size of sparse networks, in the convention of the RigL paper (arXiv 1911.11134, App. H).
 
 A layer of density d costs d times its dense operations. A training step is one forward pass and twice that backward:
-3·f_S with f_S the sparse forward cost. A step whose growth needs the dense gradient of the weights costs 2·f_S + f_D.
+3·f_S with f_S the sparse forward cost. A step that needs the dense gradient of the weights costs 2·f_S + f_D.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparselearn import criteria
+from sparselearn.methods import DropGrow, StraightThrough
 from sparselearn.selection import CONV, CONV_TRANSPOSE, Weight, select_weights
 
 
@@ -101,13 +104,81 @@ class TrainingFlops:
         saved = sum(f * (1 - densities.get(name, 1.0)) for name, f in self.layers.items())
         return self.total - saved
 
-    def step(self, densities: Mapping[str, float], dense_gradient: bool = False) -> None:
-        """Count one optimizer step."""
+    def step(self, densities: Mapping[str, float], gradients: Mapping[str, float] | None = None) -> None:
+        """Count one optimizer step.
+
+        Args:
+            gradients: densities of the weights whose gradient was computed (`gradient_densities`); default: the active
+                ones.
+        """
         sparse = self.forward(densities)
-        self.spent += 2 * sparse + (self.total if dense_gradient else sparse)
+        self.spent += 2 * sparse + (sparse if gradients is None else self.forward(gradients))
         self.steps += 1
 
     @property
     def fraction(self) -> float:
         """Spent so far / what dense training would have spent."""
         return self.spent / (3 * self.total * self.steps) if self.steps else 0.0
+
+
+_WITHOUT_GRADIENT = (
+    criteria.magnitude, criteria.signed_magnitude, criteria.random, criteria.same, criteria.zeros,
+    criteria.random_unfired, criteria.random_normal, criteria.random_uniform, criteria.initial_distribution,
+)  # fmt: skip
+
+
+def gradient_densities(
+    method: DropGrow | StraightThrough, densities: Mapping[str, float], step: int, updated: bool
+) -> Mapping[str, float]:
+    """The density of the weights whose gradient an optimizer step needs, by layer; empty where it is dense everywhere.
+
+    Straight-through methods need it for all weights on every step (Top-KAST: for its backward set), a running mean of
+    the gradient and sparse momentum too; growth by the gradient on the steps on which masks change. A score that this
+    library does not know counts as one that reads the gradient.
+
+    Args:
+        densities: of the forward pass, by layer.
+        step: optimizer steps taken before this one.
+        updated: whether masks changed on it.
+    """
+    if isinstance(method, StraightThrough):
+        if method.backward is None:
+            return {}
+        wider = method.backward(step)
+        return {name: min(1.0, density + wider) for name, density in densities.items()}
+    if method.optimizer_state == "keep" or any(hasattr(tracker, "on_gradient") for tracker in method.trackers):
+        return {}
+    scores = (method.drop, method.grow, method.grow_init)
+    known = (score is None or score in _WITHOUT_GRADIENT or type(score) in _WITHOUT_GRADIENT for score in scores)
+    return densities if not updated or all(known) else {}
+
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def stored_megabytes(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> float:
+    """Size of a network for inference in MB (10⁶ bytes): float32 values, and one bit per weight for each mask.
+
+    Only active weights are stored; a layer whose mask is full needs no mask. Batch norm is folded into the layer before
+    it and leaves one bias per channel. That is the convention of the table in the RigL repository's README.
+
+    Args:
+        masks: bool, by parameter name, as `Sparsifier.masks`; parameters without one are dense.
+
+    >>> stored_megabytes(nn.Linear(1000, 1000))
+    4.004
+    >>> one_of_eight = torch.arange(8).view(1, 8) == 3
+    >>> stored_megabytes(nn.Linear(8, 1, bias=False), {"weight": one_of_eight})
+    5e-06
+    """
+    masks = masks or {}
+    folded = {id(module.weight) for module in model.modules() if isinstance(module, NORMS) and module.affine}
+    values, bits = 0, 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in folded:
+            continue
+        mask = masks.get(name)
+        nnz = parameter.numel() if mask is None else int(mask.sum())
+        values += nnz
+        bits += parameter.numel() if nnz < parameter.numel() else 0
+    return (4 * values + math.ceil(bits / 8)) / 1e6

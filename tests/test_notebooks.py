@@ -1,4 +1,4 @@
-"""The notebooks about masks run, and print what their text says."""
+"""The notebooks run, and print what their text says."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,15 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 
 
-def printed(name: str) -> str:
-    """Run a notebook and return what its cells printed."""
+def printed(name: str, **changes: str) -> str:
+    """Run a notebook and return what its cells printed. A change replaces what is assigned to a name."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    for variable, value in changes.items():
+        pattern, found = re.compile(rf"^{variable} = .*$", re.M), 0
+        for cell in notebook.cells:
+            cell.source, n = pattern.subn(f"{variable} = {value}", cell.source)
+            found += n
+        assert found == 1, variable
     NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(ROOT)}}).execute()
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
@@ -42,3 +48,13 @@ def test_structured_vs_unstructured() -> None:
     assert re.search(r"constant fan-in +fan-in +32 to +32", text)
     assert not re.search(r"unstructured +fan-in +32 to +32", text)
     assert float(re.search(r"8,192 values of 65,536; largest difference ([\d.e-]+)", text)[1]) < 1e-4
+
+
+def test_kernel_crossover() -> None:
+    """At small size: times are not looked at, but that every form computes the same and every case has a number."""
+    text = printed("kernel_crossover", **{"n_in, n_out": "128, 256", "batches": "[1, 16, 64]"})
+    assert all(float(found) < 1e-5 for found in re.findall(r"largest difference ([\d.e-]+)", text))
+    found = re.findall(r"(\d+)% (\w+) +batch +(\d+): +([\d.]+) x dense \[([\d.]+), ([\d.]+)\]", text)
+    assert len(found) == 3 * 2 * 3
+    assert all(0 < float(low) <= float(median) <= float(high) for *_, median, low, high in found)
+    assert len(re.findall(r"crossover: (?:\d+ rows|beyond 64 rows|never faster)", text)) == 6

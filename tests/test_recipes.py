@@ -3,14 +3,16 @@
 import gzip
 import json
 import signal
+import statistics
 import struct
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparselearn import SparsityError
 from sparselearn.config import load
-from sparselearn.recipes import data, models
+from sparselearn.recipes import data, models, table
 from sparselearn.recipes import train as training
 from sparselearn.recipes.data import Batches, Chunks, read_idx
 from sparselearn.recipes.sweep import sweep
@@ -22,9 +24,13 @@ METHODS = {
     "static": ["variant=static"],
     "set": ["variant=set", "method.every=5"],
     "rigl": ["method.every=5"],
+    "srigl": ["variant=srigl", "method.every=5"],
+    "nm": ["variant=nm"],
     "gmp": ["variant=gmp", "method.every=5", "method.start=5"],
     "rigl-accumulate": ["method.every=5", "accumulate=2"],
 }
+
+TIMES = {"seconds": 0, "examples_per_second": None}
 
 
 def run(out, *changes, resume=False):
@@ -88,11 +94,52 @@ def test_equal_seeds_give_equal_runs(tmp_path):
     assert any(not torch.equal(a[k], c[k]) for k in a)
 
 
+def test_what_a_run_holds_and_costs_is_told(tmp_path):
+    """Of 26,122 float32 parameters 25,856 are masked; SGD keeps a momentum for each."""
+    result = run(tmp_path / "rigl", "method.every=10")
+    assert result["parameter_mb"] == result["optimizer_mb"] == pytest.approx(4 * 26_122 / 1e6, abs=6e-4)
+    assert result["size_mb"] == pytest.approx((4 * 2852 + 25_856 / 8) / 1e6)
+    assert result["inference_flops"] == pytest.approx(1 - result["sparsity"])
+    assert result["examples_per_second"] > 64
+    nm = run(tmp_path / "nm", "variant=nm")
+    assert nm["parameter_mb"] == pytest.approx(4 * (26_122 + 25_856) / 1e6, abs=6e-4)  # and the dense weights
+    assert nm["training_flops"] == pytest.approx((2 * 0.5 + 1) / 3)  # the gradient of every weight on every step
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.seen += any(word in str(operation) for word in ("local_scalar", "nonzero", "masked_select", "is_nonzero"))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["dense", "static", "set", "rigl", "srigl"])
+def test_an_ordinary_step_never_waits_for_the_device(tmp_path, monkeypatch, variant):
+    waits, original = Waits(), Classifier.training_step
+
+    def step(self, batch, index):
+        if index == 6:
+            waits.__enter__()
+        if index == 16:
+            waits.__exit__(None, None, None)
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Classifier, "training_step", step)
+    updates = [] if variant in ("dense", "static") else ["method.every=4", "method.start=4", "method.stop=5"]
+    rate = "schedule.fn=sparselearn.recipes.rates.constant"  # the cosine is a number that torch computes on the CPU
+    run(tmp_path, f"variant={variant}", "eval_every=0", rate, *updates)
+    assert waits.seen == 0
+
+
 # ---- interrupted runs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eval_every", [0, 10])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "eval_every"), [*((name, 0) for name in METHODS), ("rigl", 10), ("nm", 10)])
 def test_an_interrupted_run_goes_on_exactly(name, eval_every, tmp_path, monkeypatch):
     changes = [*METHODS[name], f"eval_every={eval_every}"]
     whole = run(tmp_path / "whole", *changes)
@@ -106,13 +153,38 @@ def test_an_interrupted_run_goes_on_exactly(name, eval_every, tmp_path, monkeypa
         resumed = run(folder, *changes, resume=True)
         a, b = weights(tmp_path / "whole"), weights(folder)
         assert all(torch.equal(a[key], b[key]) for key in a)
-        assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+        assert whole | TIMES == resumed | TIMES
+
+
+@pytest.mark.parametrize("name", ["rigl", "nm", "rigl-accumulate"])
+def test_a_killed_run_goes_on_from_its_last_evaluation(name, tmp_path, monkeypatch):
+    changes = [*METHODS[name], "eval_every=10"]
+    whole = run(tmp_path / "whole", *changes)
+    original, seen = Classifier.training_step, []
+
+    def step(self, *args):
+        seen.append(0)
+        if len(seen) == 27 * (2 if "accumulate" in name else 1):
+            raise MemoryError("killed")
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", step)
+        with pytest.raises(MemoryError):
+            run(tmp_path / "part", *changes)
+    saved = torch.load(tmp_path / "part" / "last.ckpt", weights_only=False)
+    assert saved["global_step"] == 20
+    resumed = run(tmp_path / "part", *changes, resume=True)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "part")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert whole | TIMES == resumed | TIMES
+    assert not list((tmp_path / "part").glob("*.tmp"))
 
 
 def test_a_finished_run_may_be_resumed(tmp_path):
     whole = run(tmp_path, "variant=static")
     (tmp_path / "result.json").unlink()  # killed between the last checkpoint and the result
-    assert {**run(tmp_path, "variant=static", resume=True), "seconds": 0} == {**whole, "seconds": 0}
+    assert run(tmp_path, "variant=static", resume=True) | TIMES == whole | TIMES
 
 
 def test_another_configuration_is_not_resumed(tmp_path):
@@ -150,14 +222,22 @@ def test_a_sweep_never_repeats_a_finished_run(tmp_path, monkeypatch):
     assert trained == [lost.name]
     assert len(rows) == 4
     assert {"results.csv", "results.md", "results.png"} <= {p.name for p in tmp_path.iterdir()}
-    table = (tmp_path / "results.md").read_text().splitlines()
-    assert table[0] == (
-        "| variant | n | test accuracy | sparsity | nonzero parameters | training FLOPs / dense | seconds |"
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert lines[0] == (
+        "| variant | n | test accuracy, % | test loss | sparsity, % | nonzero parameters | training FLOPs / dense "
+        "| seconds |"
     )
-    assert table[2].startswith("| dense | 2 | ")
-    assert "| 0.000 % | 26,122 | 1.000 |" in table[2]
-    assert table[3].startswith("| static | 2 | ")
-    assert "| 89.998 % | 2,852 | 0.100 |" in table[3]
+    assert lines[2].startswith("| dense | 2 | ")
+    assert "| 0.000 | 26,122 | 1.000 |" in lines[2]
+    assert lines[3].startswith("| static | 2 | ")
+    assert "| 89.998 | 2,852 | 0.100 |" in lines[3]
+    accuracies = [100 * row["test_accuracy"] for row in rows[:2]]
+    spread = f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}"
+    losses = [row["test_loss"] for row in rows[2:]]
+    assert f"| dense | 2 | {spread} |" in lines[2]
+    assert f" | {statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f} | 89.998" in lines[3]
+    assert lines[-2:] == ["", "    sparselearn sweep digits variant=dense,static seed=0,1 max_steps=50"]
+    assert f"commit {rows[0]['commit']}" in lines[-3] or rows[0]["hardware"] in lines[-4]
 
 
 def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
@@ -184,12 +264,19 @@ def test_a_wrong_cell_stops_a_sweep_before_it_trains(tmp_path, monkeypatch):
     assert trained == []
 
 
-def test_n_counts_seeds_and_not_repetitions(tmp_path):
-    """Dense asked for at two sparsities is the same run twice, not two seeds."""
-    grid = {"variant": ["dense", "static"], "sparsity": ["0.8", "0.9"], "max_steps": ["50"]}
+def test_dense_at_two_sparsities_is_one_run_and_counts_once(tmp_path, monkeypatch):
+    grid = {"variant": ["dense", "static"], "sparsity": ["0.8", "0.9"], "seeds": ["3"], "max_steps": ["50"]}
+    trained = counting(monkeypatch)
     sweep("digits", grid, tmp_path, progress=False)
+    assert len(trained) == 3
+    assert trained[0] == "variant=dense,sparsity=0.8,seed=3,max_steps=50"  # `seeds` is `seed`
     rows = [line.split(" | ")[:3] for line in (tmp_path / "results.md").read_text().splitlines()[2:6]]
     assert rows == [[f"| {v}", s, "1"] for v in ("dense", "static") for s in ("0.8", "0.9")]
+    found = table.group(table.read(tmp_path / "results.csv"), ["variant"])
+    assert [(g.keys, len(g.rows)) for g in found] == [(("dense",), 1), (("static",), 2)]
+    trained.clear()
+    sweep("digits", grid | {"sparsity": ["0.9", "0.8"]}, tmp_path, progress=False)
+    assert trained == []
 
 
 # ---- data and models -----------------------------------------------------------------------------------------

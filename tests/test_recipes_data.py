@@ -1,8 +1,10 @@
 """The recipes' data and schedules: file layouts, augmentation against a slow second reading, exact resume, messages."""
 
+import fnmatch
 import io
 import math
 import re
+import urllib.error
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from sparselearn import SparsityError
-from sparselearn.config import load, packaged, to_yaml
+from sparselearn.config import bound, build, load, packaged, to_yaml
 from sparselearn.recipes import rates
 from sparselearn.recipes.data import Split, digits
 from sparselearn.recipes.data.cifar import cifar10, cifar100, images, read_npz
@@ -58,8 +60,19 @@ def test_packaged_recipes_resolve_and_select(name):
         assert config.reference
         assert config.name == name
         assert (config.sparsity == 0) == (config.method is None) == (variant == "dense")
-        names = [weight.name for weight in select_weights(network, config.select, config.exclude)]
-        assert len(names) >= 3
+        shapes = {w.name: w.parameter.shape for w in select_weights(network, config.select, config.exclude)}
+        assert len(shapes) >= 3
+        if config.method is None:
+            continue
+        structure = build("method", config.method).structure
+        densities = bound("distribution", config.distribution)(shapes, 1 - config.sparsity)
+        nnz = [structure.budget(shape, densities[name]) for name, shape in shapes.items()]  # raises where it cannot be
+        assert sum(nnz) == pytest.approx((1 - config.sparsity) * sum(map(torch.Size.numel, shapes.values())), rel=0.02)
+        for pattern in config.method.get("protect", []):
+            assert len(fnmatch.filter(shapes, pattern)) == 1
+    if name != "tabular_mlp":
+        assert {"dense", "static", "set", "rigl", "srigl", "nm"} <= set(load(name).variants)
+    names = list(shapes)
     first = {"imagenet_mobilenet_v1": "network.0.weight", "cifar10_wrn22": "network.0.weight"}
     assert first.get(name) not in names
     assert set(OURS) <= set(packaged())
@@ -212,6 +225,15 @@ def test_missing_cifar_names_a_command_that_gets_it(tmp_path, read, name):
     assert command == f"from torchvision.datasets import {name}; {name}('{tmp_path}', download=True)"
 
 
+def test_a_download_without_a_network_names_the_command_too(monkeypatch):
+    def fail(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
+    with pytest.raises(SparsityError, match=r"no network.*Get it \(170 MB\) with `python -c"):
+        cifar10("anywhere", download=True)
+
+
 def test_torchvisions_cifar_is_read(monkeypatch):
     class Fake:
         def __init__(self, root, train, download):
@@ -252,6 +274,19 @@ def test_augmentation_against_a_slow_second_reading(padding, mirror, cutout):
     found = pixels(split.train_x, draws)
     wanted = [slowly(x.numpy(), row.tolist(), pixels) for x, row in zip(split.train_x, draws, strict=True)]
     torch.testing.assert_close(found, torch.from_numpy(np.stack(wanted)).float())
+
+
+def test_channels_last_changes_the_memory_order_alone():
+    images = torch.randn(2, 3, 32, 32)
+    outputs = []
+    for channels_last in ("true", "false"):
+        torch.manual_seed(0)
+        module = Classifier(load("cifar10_resnet18", [f"channels_last={channels_last}"])).eval()
+        seen = []
+        module.network.conv1.register_forward_hook(lambda m, args, out, seen=seen: seen.append((args[0], out)))
+        outputs.append(module(images).detach())
+        assert all(t.is_contiguous(memory_format=torch.channels_last) == (channels_last == "true") for t in seen[0])
+    torch.testing.assert_close(*outputs)
 
 
 def test_test_images_are_only_normalised():

@@ -315,12 +315,13 @@ def run_with(tmp_path, masks, **options):
     return report_runs.read_run(make(tmp_path / "run", masks=masks, **options), "run")
 
 
-def test_size_by_hand(tmp_path):
-    full, sparse = torch.ones(2, 8, dtype=torch.bool), torch.zeros(3, 7, dtype=torch.bool)
-    sparse[0, :5] = True
-    run = run_with(tmp_path, {"0.weight": full, "2.weight": sparse})
-    # 16 + 5 weights and 12 biases in float32; 21 bits of mask for the second layer alone.
-    assert report_runs.megabytes(run) == pytest.approx((4 * 33 + 3) / 1e6)
+def test_numbers_that_a_run_lacks_are_left_open(tmp_path):
+    """A diverged run has no loss, a run on a CPU no GPU memory."""
+    run = make(tmp_path / "run", facts={"test_loss": None, "gpu_mb": None, "size_mb": 1.5, "diverged": True})
+    page = Page(report([run], tmp_path / "out.html").read_text())
+    assert page.cells["data-size-mb"] == ["1.5"]
+    assert "data-test-loss" not in page.cells
+    assert "1.500 MB" in page.text
 
 
 def test_unused_inputs_by_hand():

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import pickle
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -134,9 +135,9 @@ def _read(name: str, root: str, download: bool) -> Split:
 
     try:
         parts = [getattr(datasets, name)(root, train=train, download=download) for train in (True, False)]
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # without a network: an OSError
         raise SparsityError(
-            f'{name} was not found under `{root}`, or is damaged. Get it (170 MB) with `python -c "from '
+            f'{name} was not found under `{root}`, or is damaged ({error}). Get it (170 MB) with `python -c "from '
             f"torchvision.datasets import {name}; {name}('{root}', download=True)\"` or with `data.download=true`, or "
             "point `data.root=` to it or to an .npz file."
         ) from error

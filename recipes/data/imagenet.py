@@ -11,7 +11,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from sparselearn.errors import SparsityError
-from sparselearn.recipes.data import Batches
+from sparselearn.recipes.data import Batches, Split
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training set
 TEST_BATCH = 256  # images over which one rank evaluates at a time
@@ -106,7 +106,9 @@ class Folders(NamedTuple):
         return _loader(part, self.workers, batch_size=TEST_BATCH)
 
 
-def image_folder(root: str = "data/imagenet", size: int = 224, workers: int = 8, rand_augment: bool = False) -> Folders:
+def image_folder(
+    root: str = "data/imagenet", size: int = 224, workers: int = 8, rand_augment: bool = False, synthetic: int = 0
+) -> Folders | Split:
     """`root/train` and `root/val` with a folder of images for each class, as torchvision's ImageFolder reads them.
 
     Training images are random resized crops, flipped at random; test images are resized to size · 256/224 and cropped
@@ -116,11 +118,15 @@ def image_folder(root: str = "data/imagenet", size: int = 224, workers: int = 8,
         size: side of the inputs in pixels.
         workers: processes that read images, for each device.
         rand_augment: RandAugment (arXiv 1909.13719), as in torchvision's reference for ViT.
+        synthetic: in place of the folders, so many images of noise in 1000 classes, held on the training device: what
+            the network can be trained at, without the reading.
 
     Raises:
         SparsityError: the folders are not there (the message says how to get ImageNet), hold no images, or not the same
             classes.
     """
+    if synthetic:
+        return _noise(synthetic, size)
     normalise = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     changes = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     if rand_augment:
@@ -135,6 +141,13 @@ def image_folder(root: str = "data/imagenet", size: int = 224, workers: int = 8,
             f"{', '.join(odd[:3])}."
         )
     return Folders(train, test, workers)
+
+
+def _noise(n: int, size: int) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, 3, size, size, generator=generator), torch.randint(1000, (n,), generator=generator)
+    y[0] = 999  # so that the network needs 1000 outputs
+    return Split(x, y, x[:64], y[:64])
 
 
 def _images(root: str, part: str, change: Any) -> ImageFolder:
