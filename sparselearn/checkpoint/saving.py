@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def save(
-    model: nn.Module | Mapping[str, Tensor],
+    model: nn.Module | Mapping[str, Tensor] | Sparsifier,
     path: str | Path,
     *,
     masks: Sparsifier | Mapping[str, Tensor] | None = None,
@@ -42,11 +42,12 @@ def save(
     writes; all must call where the model is sharded (FSDP2), and wait for each other before another one reads.
 
     Args:
-        model: a module, or a state dict. DDP and torch.compile may be around it. All parameters and buffers are stored,
-            tied ones once, in their dtype.
+        model: a sparsifier (its model, with its masks), a module, or a state dict. DDP and torch.compile may be around
+            it. All parameters and buffers are stored, tied ones once, in their dtype.
         path: the folder, new or not; the one around it must exist.
-        masks: the sparsifier, or weight name -> bool mask of the weight's shape, True = active. Weights outside of
-            their mask must be +0; active ones may be zero. Tensors without a mask are stored whole.
+        masks: with a model or state dict: its sparsifier, or weight name -> bool mask of the weight's shape, True =
+            active. Weights outside of their mask must be +0; active ones may be zero. Tensors without a mask are
+            stored whole.
         encoding: "dense", "bitmask", "condensed", "csr" or "packed_nm", for all weights that have a mask or by name.
             The default takes the one with the fewest bytes, weight by weight.
         method: a text; by default the sparsifier's method.
@@ -65,6 +66,10 @@ def save(
     (tensor([[0., 2., 0.]]), tensor([[False,  True,  True]]))
     """
     files.library()
+    if isinstance(model, Sparsifier):
+        if masks is not None:
+            raise SparsityError("`masks` must be left out where a sparsifier is saved: it brings its own.")
+        masks, model = model, model.model
     state = {name: tensor for name, (_, tensor) in named_tensors(model).items()}
     tied = tied_names(state)
     by_name = masks.masks if isinstance(masks, Sparsifier) else masks or {}
