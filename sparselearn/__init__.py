@@ -9,6 +9,9 @@ Weights are sparse from the first step to the last, with a fixed budget whose po
 recipe.
 """
 
+import importlib
+from typing import Any
+
 from sparselearn import criteria, distributions, schedules, structures
 from sparselearn.criteria import Criterion, Layer, Tracker
 from sparselearn.distributions import Distribution
@@ -60,6 +63,9 @@ from sparselearn.structures import (
 )
 
 __version__ = "0.1.0"
+
+# Of sparselearn.checkpoint, which few programs need and which imports this package.
+CHECKPOINT = ("export_dense", "export_onnx", "inspect", "load", "load_state_dict", "save", "verify")
 
 __all__ = [
     "NM",
@@ -117,3 +123,13 @@ __all__ = [
     "structures",
     "top_kast",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in CHECKPOINT:
+        return getattr(importlib.import_module("sparselearn.checkpoint"), name)
+    raise AttributeError(f"module 'sparselearn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *CHECKPOINT})

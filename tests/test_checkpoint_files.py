@@ -277,3 +277,14 @@ def test_nothing_on_the_load_path_unpickles():
     for name in ("api", "encodings", "files", "manifest", "saving", "tensors"):
         with open(f"{folder}/{name}.py") as file:
             assert not re.search(r"pickle|torch\.load\b|torch\.save\b|np\.load\b|\beval\(|\bexec\(", file.read())
+
+
+def test_the_package_offers_them_by_their_short_names(tmp_path) -> None:
+    import sparselearn as sl
+
+    sl.save({"weight": torch.eye(4)}, tmp_path / "model.sparse")
+    assert torch.equal(sl.load_state_dict(tmp_path / "model.sparse")["weight"], torch.eye(4))
+    sl.verify(tmp_path / "model.sparse")
+    assert {"save", "load", "inspect", "export_onnx"} <= set(dir(sl))
+    with pytest.raises(AttributeError, match="no attribute 'safe'"):
+        _ = sl.safe
