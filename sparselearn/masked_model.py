@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparselearn import distributed, first_masks, latent, scaling, statistics
-from sparselearn.criteria import Criterion, Layer, Tracker, check_score, fired, grown, tracker
+from sparselearn.criteria import Criterion, Layer, Tracker, check_score, fired, grown, tracker, zeros
 from sparselearn.distributions import Distribution
 from sparselearn.errors import SparsityError
 from sparselearn.methods.drop_grow import DropGrow
@@ -183,26 +183,26 @@ class MaskedModel:
         """Give one layer its new mask, of which the weights of `stay` keep value and optimizer state, the others start
         anew; returns how many those are. `reset` clears the optimizer state of all."""
         weight, layer, method = self._weights[view.name], self.state.layers[view.name], self.method
-        parameter, nnz, new = weight.parameter, int(mask.sum()), mask & ~stay
-        if isinstance(method, DropGrow) and method.grow is not None:
-            values = method.grow_init(view).to(view.weight.dtype)
-            placed = distributed.place_like(new, parameter.data)
-            local_values = distributed.local(distributed.place_like(values, parameter.data))
-            local_weight = distributed.local(parameter.data)
-            local_weight.copy_(torch.where(distributed.local(placed), local_values, local_weight))
-        placed_stay = distributed.place_like(stay, parameter.data)
-        layer.set_mask(distributed.place_like(mask, parameter.data), nnz)
-        distributed.local(parameter.data).masked_fill_(distributed.local(layer.inactive), 0)
+        data, nnz, new = weight.parameter.data, int(mask.sum()), mask & ~stay
+        local, placed = distributed.local(data), distributed.place_like(new, data)
+        if isinstance(method, DropGrow) and method.grow_init is not zeros:
+            values = distributed.local(distributed.place_like(method.grow_init(view).to(view.weight.dtype), data))
+            local.copy_(torch.where(distributed.local(placed), values, local))
+        elif isinstance(method, DropGrow):
+            local.masked_fill_(distributed.local(placed), 0)
+        placed_stay = distributed.place_like(stay, data)
+        layer.set_mask(distributed.place_like(mask, data), nnz)
+        local.masked_fill_(distributed.local(layer.inactive), 0)
         if method.optimizer_state != "keep":
             for optimizer in optimizers:
                 self._zero_state(self._slots(optimizer, weight), torch.ones_like(stay) if reset else ~placed_stay)
         if "grown" in layer.memory:
-            layer.memory["grown"] = distributed.place_like(new, parameter.data)
+            layer.memory["grown"] = placed
         for one in self._after_update:
             current = {key: distributed.full(value) for key, value in layer.memory.items()}
-            after = view._replace(mask=mask, weight=distributed.full(parameter.detach()), memory=current)
+            after = view._replace(mask=mask, weight=distributed.full(data), memory=current)
             value = one.after_update(after, current[one.key])
-            layer.memory[one.key] = distributed.place_like(value, parameter.data)
+            layer.memory[one.key] = distributed.place_like(value, data)
         return new.sum()
 
     @torch.no_grad()

@@ -33,11 +33,13 @@ def _refuse(optimizer: Optimizer) -> None:
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number is finite; waits for a device once."""
+    """Whether every number is finite; waits for each device once."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:
-        by_device.setdefault(t.device, []).append(torch.isfinite(distributed.local(t)).all())
-    return all(bool(torch.stack(flags).all()) for flags in by_device.values())
+    for t in map(distributed.local, tensors):
+        if t.numel():  # a shard may be empty
+            by_device.setdefault(t.device, []).append(t)
+    norms = [torch.stack(torch._foreach_norm(group, torch.inf)) for group in by_device.values()]
+    return all(bool(torch.isfinite(norm).all()) for norm in norms)
 
 
 @dataclass

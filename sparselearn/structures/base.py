@@ -55,11 +55,10 @@ def count(sparsity: float, n: int) -> int:
 
 def top_indices(score: Tensor, k: int) -> Tensor:
     """Flat bool mask of the k highest of a flat score, lower index first among equals. O(n)."""
-    mask = torch.zeros_like(score, dtype=torch.bool)
     if k <= 0:
-        return mask
+        return torch.zeros_like(score, dtype=torch.bool)
     if k >= score.numel():
-        return torch.ones_like(mask)
+        return torch.ones_like(score, dtype=torch.bool)
     threshold = torch.topk(score, k, sorted=False).values.min()
     above, ties = score > threshold, score == threshold
     missing = k - above.sum(dtype=torch.int32)
