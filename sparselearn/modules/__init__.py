@@ -8,6 +8,7 @@ from sparselearn.modules.ablation import remove_ablated, shrink
 from sparselearn.modules.base import SparseModule
 from sparselearn.modules.condensed import CondensedConv2d, CondensedLinear
 from sparselearn.modules.convert import convert, revert
+from sparselearn.modules.grouped import GroupedFanInLinear, measure_layers
 from sparselearn.modules.report import ConversionReport
 from sparselearn.modules.siblings import CsrLinear, MaskedDenseLinear
 from sparselearn.modules.update import captured, rewire, update_condensed
@@ -17,10 +18,12 @@ __all__ = [
     "CondensedLinear",
     "ConversionReport",
     "CsrLinear",
+    "GroupedFanInLinear",
     "MaskedDenseLinear",
     "SparseModule",
     "captured",
     "convert",
+    "measure_layers",
     "remove_ablated",
     "revert",
     "rewire",

@@ -18,6 +18,7 @@ class SparseModule(nn.Module):
     """
 
     replaces: ClassVar[type[nn.Module]]  # the dense layer
+    way: str | None = None  # how to compute on a GPU, where there are several ways; None: the fastest measured
 
     @classmethod
     @abstractmethod
@@ -32,6 +33,9 @@ class SparseModule(nn.Module):
     @abstractmethod
     def to_dense(self) -> tuple[nn.Module, Tensor]:
         """The dense layer, with zeros where the mask is False, and the mask (bool, like the weight)."""
+
+    def measure(self, tokens: int) -> None:
+        """Find out which way is the fastest for so many rows of input, where there are several."""
 
     @property
     @abstractmethod

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import sparselearn.kernels.condensed as kernel
 from sparselearn.errors import SparsityError
+from sparselearn.kernels import crossover
+from sparselearn.kernels.condensed import triton as gpu
 from sparselearn.modules.base import SparseModule, apply_product, copied, masked_weight
 
 
@@ -119,6 +121,15 @@ class _Condensed(SparseModule):
         dense[self.active[:, None], self.indices.long()] = numbers.detach()
         return dense.view(self.weight_shape)
 
+    def positions(self) -> Tensor:
+        """Flat positions of the values [A, K] in the dense weight, ascending."""
+        return self.active[:, None] * self._matrix[1] + self.indices.long()
+
+    def layout(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions [A, K], indices and active neurons of another mask."""
+        _, indices, active = condense(mask.flatten(1), mask.flatten(1))
+        return active[:, None] * self._matrix[1] + indices.long(), indices, active
+
     def rewire(self, values: nn.Parameter, indices: Tensor, active: Tensor) -> None:
         """Give the layer other connections: a parameter [A, K], indices [A, K], active neurons [A]."""
         _check(values, indices, active, *self._matrix)
@@ -134,12 +145,33 @@ class _Condensed(SparseModule):
         return self.indices, self._matrix[1]
 
     def _product(self, x_BI: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        if x_BI.device.type != "cpu" or x_BI.dtype == torch.float64:
+        if not x_BI.is_cpu:
+            return self._gpu_product(x_BI, values, bias)
+        if x_BI.dtype == torch.float64:
             return kernel.reference.linear(x_BI, values, self._input_indices()[0], bias)
         plan = self._plan
         if plan is None:  # two threads may both build it; either will do
             plan = self._plan = kernel.prepare(values, *self._input_indices())
         return kernel.linear(x_BI, values, plan, bias)
+
+    def _gpu_product(self, x_BI: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """By the kernel for few tokens where that is the faster way (or forced), else with the weight written out."""
+        indices, inputs = self._input_indices()
+        served = x_BI.is_cuda and 0 < x_BI.shape[0] <= gpu.MAX_TOKENS and x_BI.dtype in gpu.FLOATS
+        if served and (self.way or crossover.choose(*self._case(x_BI.dtype, x_BI.shape[0]))) == "sparse":
+            return gpu.linear(x_BI, values, indices, bias)
+        return F.linear(x_BI, gpu.dense(values, indices, inputs), bias)
+
+    def _case(self, dtype: torch.dtype, tokens: int) -> crossover.Case:
+        (neurons, fan_in), inputs = self.values.shape, self._input_indices()[1]
+        name = str(dtype).removeprefix("torch.")
+        return crossover.Case(neurons, inputs, 1, fan_in, name, False, crossover.bucket(tokens))
+
+    def measure(self, tokens: int) -> None:
+        if self.values.is_cuda and tokens <= gpu.MAX_TOKENS:
+            from sparselearn.kernels.crossover_measure import ensure
+
+            ensure(self._case(self.values.dtype, tokens))
 
     def _neurons(self, x_BI: Tensor) -> Tensor:
         """[B, I] -> [B, N]. Ablated neurons emit their bias."""
@@ -185,8 +217,10 @@ class CondensedLinear(_Condensed):
     """A linear layer of constant fan-in: y[b, n] = Σ_k values[n, k] · x[b, indices[n, k]] + bias[n].
 
     Only active neurons have rows in `values` [A, K] and `indices` [A, K]; the others emit their bias. Takes x
-    [..., I] in the dtype of `values` (float32, bfloat16 and float16 by conversion, float64 by the plain formula) and
-    returns [..., N]; values, bias and x get gradients. Make one with `from_dense`.
+    [..., I] in the dtype of `values` (on the CPU bfloat16 and float16 by conversion, float64 by the plain formula) and
+    returns [..., N]; values, bias and x get gradients. On CUDA up to 16 tokens are computed by a sparse kernel where
+    `kernels.crossover` measured it to be faster (`way="sparse"` forces it), all else with the weight written out. Make
+    one with `from_dense`.
 
     >>> layer, mask = nn.Linear(4, 2), torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]]).bool()
     >>> layer.weight.data.masked_fill_(~mask, 0).shape

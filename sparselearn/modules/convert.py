@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from sparselearn.errors import SparsityError, closest
 from sparselearn.modules.base import SparseModule, masked_weight
 from sparselearn.modules.condensed import CondensedConv2d, CondensedLinear
+from sparselearn.modules.grouped import GroupedFanInLinear
 from sparselearn.modules.report import ConversionReport, Row, check_table
 from sparselearn.modules.siblings import CsrLinear
 from sparselearn.modules.timing import Timer, interleaved, speedup
 from sparselearn.sparsifier import Sparsifier
 
 CANDIDATES: tuple[type[SparseModule], ...] = (CondensedLinear, CondensedConv2d, CsrLinear)
+CUDA_CANDIDATES: tuple[type[SparseModule], ...] = (GroupedFanInLinear, *CANDIDATES)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -29,7 +31,7 @@ def convert(
     example: Any = None,
     *,
     force: bool = False,
-    candidates: Sequence[type[SparseModule]] = CANDIDATES,
+    candidates: Sequence[type[SparseModule]] | None = None,
     min_speedup: float = 1.0,
     save_table: str | Path | None = None,
     timer: Timer = interleaved,
@@ -50,7 +52,7 @@ def convert(
         example: an input of the size to be fast for: a tensor, a tuple of arguments, or a dict of keyword arguments.
         force: swap every layer for the first candidate that can hold it, without timing; `example` may be left out,
             and then outputs are not compared.
-        candidates: classes to try, in this order.
+        candidates: classes to try, in this order; by default all that may win on the layer's device.
         min_speedup: how many times faster a candidate must be.
         save_table: a .csv or .json file for the report.
         timer: how functions are timed.
@@ -79,13 +81,14 @@ def convert(
     made: dict[str, SparseModule] = {}
     for name, (module, mask) in targets.items():
         row = _row(name, module, mask, calls.get(name, []))
-        reason = _refusal(model, name, module, candidates)
+        tries = candidates or (CUDA_CANDIDATES if _on_cuda(module) else CANDIDATES)
+        reason = _refusal(model, name, module, tries)
         if not reason and example is not None and not calls[name]:
             reason = "its forward is not called on the example"
         if reason:
             rows.append(replace(row, reason=reason))
             continue
-        tried, chosen = _try(row, module, mask, calls[name], candidates, None if force else timer, min_speedup)
+        tried, chosen = _try(row, module, mask, calls[name], tries, None if force else timer, min_speedup)
         rows += tried
         if chosen is not None:
             made[name] = chosen
@@ -165,6 +168,10 @@ def _refusal(model: nn.Module, name: str, module: nn.Module, candidates: Sequenc
             if other is not module and id(parameter) in own:
                 return f"its weight or bias is tied to `{path}.{attribute}`"
     return ""
+
+
+def _on_cuda(module: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in module.parameters(recurse=False))
 
 
 def _hooks(module: nn.Module) -> bool:
@@ -247,8 +254,11 @@ def _try(
         made[len(rows)] = new
         rows.append(replace(row, candidate=candidate.__name__))
         if timer is None:
+            new.way = "sparse"
             rows[-1] = replace(rows[-1], swapped=True, reason="forced")
             return rows, new
+        for x in [arguments[0] for arguments, _ in calls if arguments]:
+            new.measure(x.numel() // x.shape[-1])
     if not made or timer is None:
         return rows, None
     dense, *others = timer([partial(_replay, m, calls) for m in (module, *made.values())])

@@ -1,6 +1,7 @@
 """Dynamic sparse training of condensed layers: drop and grow without a dense weight between updates.
 
-An ordinary step is forward, backward, `optimizer.step()`: parameters, gradients and optimizer state are [A, K]. On an
+An ordinary step is forward, backward, `optimizer.step()`: parameters, gradients and optimizer state are
+[A, K], or [A, V, K] for groups. On an
 update step the dense gradient of one layer at a time is G^T X, from the layer's input X and output gradient G:
 
     if method.due(step):
@@ -20,12 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparselearn import criteria
 from sparselearn.criteria import Layer
 from sparselearn.errors import SparsityError
+from sparselearn.kernels.grouped_fan_in import scores
 from sparselearn.methods.drop_grow import DropGrow
-from sparselearn.modules.condensed import CondensedLinear, condense
+from sparselearn.modules.condensed import CondensedLinear
+from sparselearn.modules.grouped import GroupedFanInLinear
 from sparselearn.state import generator
 
+CondensedModule = CondensedLinear | GroupedFanInLinear
 Call = tuple[Tensor, Tensor]
 """Input [B, I] and gradient of the output [B, N] of one call of a layer."""
 Traffic = dict[str, list[Call]]
@@ -41,7 +46,7 @@ def captured(model: nn.Module) -> Iterator[Traffic]:
     traffic: Traffic = {}
     handles = []
 
-    def watch(name: str, module: CondensedLinear) -> None:
+    def watch(name: str, module: CondensedModule) -> None:
         def after_forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
                 x_BI = args[0].detach().reshape(-1, module.in_features)
@@ -53,7 +58,7 @@ def captured(model: nn.Module) -> Iterator[Traffic]:
         handles.append(module.register_forward_hook(after_forward))
 
     for path, module in model.named_modules():
-        if isinstance(module, CondensedLinear):
+        if isinstance(module, CondensedModule):
             watch(f"{path}.weight" if path else "weight", module)
     try:
         yield traffic
@@ -63,36 +68,45 @@ def captured(model: nn.Module) -> Iterator[Traffic]:
 
 
 def dense_gradient(calls: list[Call]) -> Tensor | None:
-    """dL/dW = Σ G^T X over the calls, [N, I]; None without calls."""
-    grads = [grad_BN.T @ x_BI for x_BI, grad_BN in calls]
+    """dL/dW = Σ G^T X over the calls, [N, I]; None without calls. In the dtype of G, which under autocast is its."""
+    grads = [grad_BN.T @ x_BI.to(grad_BN) for x_BI, grad_BN in calls]
     return sum(grads[1:], grads[0]) if grads else None
+
+
+def mean_gradient(calls: list[Call], group: int) -> Tensor | None:
+    """The mean of |dL/dW| over the neurons of each group, [N, I]: `dense_gradient` as far as groups see it."""
+    if not calls:
+        return None
+    grad_TN = torch.cat([grad for _, grad in calls])
+    x_TI = torch.cat([x for x, _ in calls]).to(grad_TN)
+    return (scores(grad_TN, x_TI, group) / group).repeat_interleave(group, 0)
 
 
 @torch.no_grad()
 def rewire(
-    module: CondensedLinear, mask: Tensor, optimizer: Optimizer | None = None, *,
+    module: CondensedModule, mask: Tensor, optimizer: Optimizer | None = None, *,
     stay: Tensor | None = None, initial: Tensor | None = None,
 ) -> int:  # fmt: skip
     """Give a condensed layer a new mask [N, I]; returns the number of weights that start anew.
 
-    Weights that stay keep their value and the optimizer state of their own (every state tensor of the shape [A, K]);
-    the others start with state zero, at zero or at `initial`. The parameter stays the same where [A, K] does;
-    otherwise a new one takes its place in the module and in the optimizer.
+    Weights that stay keep their value and the optimizer state of their own (every state tensor of the shape of the
+    values); the others start with state zero, at zero or at `initial`. The parameter stays the same where its shape
+    does; otherwise a new one takes its place in the module and in the optimizer.
 
     Args:
         stay: which active weights of the new mask go on, where that is fewer than were active before.
         initial: values [N, I] of weights that start anew.
 
     Raises:
-        SparsityError: a mask of another shape, or without constant fan-in.
+        SparsityError: a mask of another shape, or without constant fan-in (and the same groups).
     """
     if mask.dtype != torch.bool or mask.shape != module.weight_shape:
         raise SparsityError(
             f"The new mask must be bool of shape {list(module.weight_shape)}; it is {mask.dtype} of shape "
             f"{list(mask.shape)}."
         )
-    positions, indices, active = _positions(mask)
-    before = module.active[:, None] * mask.shape[1] + module.indices.long()
+    positions, indices, active = module.layout(mask)
+    before = module.positions()
     source = torch.searchsorted(before.view(-1), positions).clamp_(max=before.numel() - 1)  # both ascend
     goes_on = before.view(-1)[source] == positions
     if stay is not None:
@@ -109,21 +123,17 @@ def rewire(
         values = torch.where(goes_on, values, initial.view(-1)[positions].to(values.dtype))
     old.grad = None
     new = old
-    if values.shape == old.shape:
+    if values.shape == old.shape:  # in place, state too: CUDA graphs go on
         new.copy_(values)
+        for key, value in moved.items():
+            state[key].copy_(value)
     else:  # not in place: a graph that is still alive remembers the parameter's shape
         new = nn.Parameter(values, old.requires_grad)
         if optimizer is not None:
             _replace(optimizer, old, new)
-    state.update(moved)
+        state.update(moved)
     module.rewire(new, indices, active)
     return int((~goes_on).sum())
-
-
-def _positions(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat positions [A, K] in the dense weight, ascending, and the indices and active neurons of a mask [N, I]."""
-    _, indices, active = condense(mask, mask)
-    return active[:, None] * mask.shape[1] + indices.long(), indices, active
 
 
 def _replace(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
@@ -139,14 +149,15 @@ def update_condensed(
     model: nn.Module, method: DropGrow, optimizer: Optimizer | None, traffic: Traffic, *,
     step: int, seed: int = 0, nnz: Mapping[str, int] | None = None,
 ) -> int:  # fmt: skip
-    """One mask update of every condensed linear layer, by the rule that a `Sparsifier` would follow; returns the
-    number of weights that start anew.
+    """One mask update of every condensed or grouped linear layer, by the rule that a `Sparsifier` would follow;
+    returns the number of weights that start anew.
 
     `CondensedConv2d` layers keep their masks. The method sees one layer at a time as a dense view (weight, gradient,
     mask), which is dropped before the next: the peak is that of one dense layer, on update steps alone.
 
     Args:
-        method: its structure must give constant fan-in. Its `updates` are the caller's to look at (`method.due`).
+        method: its structure must give constant fan-in, with the groups of the grouped layers. Its `updates` are the
+            caller's to look at (`method.due`).
         traffic: from `captured`.
         step: optimizer steps taken so far, for the drop fraction and the random numbers.
         seed: the sparsifier's, for equal random numbers.
@@ -170,9 +181,9 @@ def update_condensed(
         )
     moved = 0
     for path, module in model.named_modules():
-        if isinstance(module, CondensedLinear):
+        if isinstance(module, CondensedModule):
             name = f"{path}.weight" if path else "weight"
-            layer = _view(name, module, optimizer, traffic.get(name, []), step, seed)
+            layer = _view(name, module, method, optimizer, traffic.get(name, []), step, seed)
             ((mask, kept),) = method.new_masks([layer], [module.nnz if nnz is None else nnz[name]])
             stay = kept if method.reinit else None
             moved += rewire(module, mask, optimizer, stay=stay, initial=method.grow_init(layer))
@@ -180,15 +191,22 @@ def update_condensed(
 
 
 def _view(
-    name: str, module: CondensedLinear, optimizer: Optimizer | None, calls: list[Call], step: int, seed: int
-) -> Layer:
+    name: str, module: CondensedModule, method: DropGrow, optimizer: Optimizer | None, calls: list[Call], step: int,
+    seed: int,
+) -> Layer:  # fmt: skip
     """What a criterion may look at, as for a dense layer."""
     state = {} if optimizer is None else optimizer.state.get(module.values, {})
     shape = module.values.shape
+    # Where the method looks at |dL/dW| alone, summed over groups, a kernel gives the sums in float32.
+    looks = (method.drop, method.grow, method.grow_init) == (criteria.magnitude, criteria.gradient, criteria.zeros)
+    if isinstance(module, GroupedFanInLinear) and module.values.is_cuda and looks and method.ablation is None:
+        grad = mean_gradient(calls, module.group)
+    else:
+        grad = dense_gradient(calls)
     return Layer(
         name=name,
         weight=module.scatter(module.values),
-        grad=dense_gradient(calls),
+        grad=grad,
         mask=module.mask,
         optimizer_state={k: module.scatter(v) for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape},
         step=step,

@@ -1,0 +1,50 @@
+"""How long work takes on a GPU: replays of a CUDA graph, so that the host's pace does not count."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+COLD_BYTES = 160 * 2**20  # arguments of this size in all, used in turn, leave nothing in the L2 cache (H100: 50 MB)
+
+Calls = Sequence[Callable[[], object]]
+"""The same work on different arguments, to be done in turn."""
+Timer = Callable[[Calls], float]
+"""Calls -> seconds for one of them."""
+
+
+def copies(*tensors: Tensor | None, most: int = 48) -> int:
+    """How many sets of such arguments to use in turn, so that none is still in the cache when its turn comes."""
+    size = sum(t.numel() * t.itemsize for t in tensors if t is not None)
+    return max(1, min(most, -(-COLD_BYTES // max(size, 1))))
+
+
+def graph_seconds(calls: Calls, rounds: int = 5, least: float = 2e-3) -> float:
+    """Median seconds of one call, replayed in a CUDA graph for at least `least` seconds a round."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and finds the libraries' algorithms
+        for call in [*calls[:1], *calls]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    once = _replay_seconds(graph, 1)
+    repeats = max(1, min(1000, int(least / max(once, 1e-6))))
+    times = [_replay_seconds(graph, repeats) for _ in range(rounds)]
+    del graph
+    return statistics.median(times) / len(calls)
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3 / repeats
