@@ -77,7 +77,7 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds: dict[Case, dict[str, float]] = {}
-        self.blocks: dict[tuple[object, ...], tuple[Any, ...]] = {}  # of tuned kernels, see `launch.TUNED`
+        self.blocks: dict[tuple[object, ...], tuple[Any, ...]] = {}  # of tuned kernels, see `launch.tuned`
         self._read()
 
     def _read(self) -> None:
@@ -121,20 +121,16 @@ class Table:
         return "\n".join(lines)
 
 
-_tables: dict[str, Table] = {}
+_tables: dict[int | None, Table] = {}  # by the index of the GPU
 
 
 def table() -> Table:
     """The table of the current GPU, read once."""
-    key = gpu_key()
-    if key not in _tables:
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    if device not in _tables:
         folder = os.environ.get("SPARSELEARN_CACHE") or Path.home() / ".cache" / "sparselearn"
-        _tables[key] = Table(Path(folder) / f"crossover-{key}.json")
-        if _tables[key].blocks:
-            from sparselearn.kernels.grouped_fan_in import launch
-
-            launch.TUNED.update((name, launch.Blocks(*blocks)) for name, blocks in _tables[key].blocks.items())
-    return _tables[key]
+        _tables[device] = Table(Path(folder) / f"crossover-{gpu_key()}.json")
+    return _tables[device]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

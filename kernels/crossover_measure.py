@@ -133,6 +133,5 @@ def _best(
             if "resource" not in repr(error).lower():
                 raise
     best = min(seconds, key=seconds.__getitem__)
-    launch.TUNED[key] = best
     into.blocks[key] = tuple(best)
     return seconds[best]

@@ -99,6 +99,12 @@ def check_rest():
         assert (copy.mT.as_strided((inputs, copy.stride(1)), (copy.stride(1), 1))[:, tokens:] == 0).all()
     _, values, _, indices = case(2, 40, 3, 8, 7, torch.float32)
     assert torch.equal(launch.densify(values, indices, 40), reference.dense(values, indices, 40))
+    launch.PARTIAL_BYTES = 0  # in portions of 128 tokens
+    _, values, grad, indices = case(300, 40, 3, 16, 7, torch.float32)
+    out = activations(grad, 40, False)
+    launch.grad_input_collected(grad, values, *by_input(indices, 40), out)
+    expected = reference.grad_input(grad.double(), values.double(), indices, 40)
+    near(out, expected, torch.float32, "grad_input_collected in portions")
 
 
 def check_nan_stays_in_its_row():

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from sparselearn.kernels.condensed import triton_kernels as kernels
-from sparselearn.kernels.grouped_fan_in.launch import TUNED, Blocks, feature_major, tuning_key
+from sparselearn.kernels.grouped_fan_in.launch import Blocks, feature_major, tuned
 
 ONE_TOKEN = (  # candidates for tuning: neurons, weights, warps (stages are not used)
     Blocks(4, 256, 4, 1), Blocks(2, 512, 4, 1), Blocks(8, 128, 4, 1), Blocks(16, 64, 4, 1), Blocks(16, 32, 4, 1),
@@ -19,8 +19,8 @@ FEW_TOKENS = (
 
 def blocks_for(values: Tensor, tokens: int) -> Blocks:
     """Measured blocks, or those that were best on an H100 in the prototype's sweep."""
-    if (tuned := TUNED.get(tuning_key("condensed", values[:, None], tokens))) is not None:
-        return tuned
+    if (measured := tuned("condensed", values[:, None], tokens)) is not None:
+        return measured
     if tokens > 1:
         return FEW_TOKENS[0]
     fan_in = values.shape[1]

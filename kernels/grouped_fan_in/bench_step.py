@@ -14,7 +14,7 @@ from sparselearn.kernels.crossover import Case, table
 from sparselearn.kernels.crossover_measure import tune
 from sparselearn.kernels.grouped_fan_in import by_input, linear
 from sparselearn.kernels.grouped_fan_in.bench import Layer, Row, Work, make_case, quick
-from sparselearn.kernels.grouped_fan_in.launch import TUNED, tuning_key
+from sparselearn.kernels.grouped_fan_in.launch import tuned
 
 DEVICE = "cuda"
 WIDTH, LAYERS, HEADS, LENGTH, BATCH, VOCABULARY = 2048, 4, 16, 1024, 8, 8192
@@ -118,7 +118,7 @@ def _sparse_row(dense: Gpt, group: int, sparsity: float, collected: bool) -> Row
     for shape in ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)):
         part = make_case(shape, BATCH * LENGTH, group, sparsity, True)
         layer = Layer(part)
-        if tuning_key("forward", layer.sets[0][0], part.tokens) not in TUNED:
+        if tuned("forward", layer.sets[0][0], part.tokens) is None:
             tune(part, layer.sets, layer.x, layer.grad, quick, table())
         del layer
     model = copy.deepcopy(dense)

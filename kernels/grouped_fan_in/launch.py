@@ -39,8 +39,6 @@ GRAD_VALUES = (
     Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 4), Blocks(64, 128, 4, 3), Blocks(64, 128, 8, 4), Blocks(128, 64, 4, 3),
     Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 3), Blocks(64, 128, 4, 4), Blocks(32, 64, 4, 4),
 )  # fmt: skip
-TUNED: dict[tuple[object, ...], Blocks] = {}
-"""(kernel, G, V, K, dtype, bucket of tokens) -> blocks that were measured best on this GPU; see `kernels.crossover`."""
 
 
 def tuning_key(kernel: str, values: Tensor, tokens: int) -> tuple[object, ...]:
@@ -48,10 +46,16 @@ def tuning_key(kernel: str, values: Tensor, tokens: int) -> tuple[object, ...]:
     return (kernel, *values.shape, str(values.dtype).removeprefix("torch."), max(tokens - 1, 1).bit_length())
 
 
+def tuned(kernel: str, values: Tensor, tokens: int) -> Blocks | None:
+    """The blocks that were measured best on this GPU; see `kernels.crossover`."""
+    found = crossover.table().blocks.get(tuning_key(kernel, values, tokens))
+    return None if found is None else Blocks(*found)
+
+
 def forward_blocks(values: Tensor, tokens: int) -> Blocks:
     """Measured blocks, or those that were best on an H100 in the prototype's sweep (4096², 90 % sparsity, bf16)."""
-    if (tuned := TUNED.get(tuning_key("forward", values, tokens))) is not None:
-        return tuned
+    if (measured := tuned("forward", values, tokens)) is not None:
+        return measured
     group = values.shape[1]
     if tokens <= 16:
         best = Blocks(16, 64, 2 if group < 64 else 4, 5)
@@ -65,8 +69,8 @@ def forward_blocks(values: Tensor, tokens: int) -> Blocks:
 
 
 def grad_blocks(values: Tensor, tokens: int) -> Blocks:
-    if (tuned := TUNED.get(tuning_key("grad_values", values, tokens))) is not None:
-        return tuned
+    if (measured := tuned("grad_values", values, tokens)) is not None:
+        return measured
     return Blocks(32, 64, 4, 3) if values.itemsize == 4 else Blocks(64, 64, 4, 3)
 
 
@@ -231,6 +235,3 @@ def feature_major(x: Tensor) -> Tensor:
             x, out, tokens, padded, inputs, *x.stride(), BT=64, BI=64, num_warps=4
         )
     return out
-
-
-crossover.table()  # the blocks that earlier runs on this GPU found best
