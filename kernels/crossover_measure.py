@@ -121,8 +121,6 @@ def _best(
     key: tuple[object, ...], candidates: Sequence["Blocks"], timer: Timer, into: Table,
     calls: Callable[["Blocks"], Calls], fits: Callable[["Blocks"], bool],
 ) -> float:  # fmt: skip
-    from sparselearn.kernels.grouped_fan_in import launch
-
     seconds = {}
     for blocks in filter(fits, candidates):
         if key[4] == "float32" and blocks.inputs > 32 and blocks.tokens > 64:
