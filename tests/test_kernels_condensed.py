@@ -78,6 +78,29 @@ def test_any_shape_and_repeated_indices(neurons, inputs, batch, seed, data):
         agrees(back_end(indices, inputs), values, indices, inputs, x, grad, torch.randn(neurons, generator=g))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 8, 9, 16, 31, 32, 65])
+@pytest.mark.parametrize(("neurons", "inputs", "fan_in"), [(4, 1, 1), (8, 33, 9), (68, 40, 17), (132, 70, 70)])
+def test_neurons_that_share_their_inputs_are_computed_together(neurons, inputs, fan_in, batch, poison):
+    values, indices = case(neurons, inputs, fan_in)
+    indices = indices[::4].repeat_interleave(4, 0)
+    ops = cpu.NumbaOps(indices, inputs)
+    assert ops._forward.shared == 4
+    g = torch.Generator().manual_seed(batch)
+    x, grad, bias = (torch.randn(size, generator=g) for size in [(batch, inputs), (batch, neurons), (neurons,)])
+    agrees(ops, values, indices, inputs, x, grad, bias)
+    agrees(ops, values, indices, inputs, x.T.contiguous().T, grad.T.contiguous().T, None)
+
+
+def test_neurons_that_do_not_all_share_their_inputs_are_computed_one_by_one():
+    _, indices = case(8, 9, 3)
+    assert cpu.NumbaOps(indices, 9)._forward.shared == 1
+    together = indices[::4].repeat_interleave(4, 0)
+    assert cpu.NumbaOps(together[:6], 9)._forward.shared == 1  # a group is cut
+    assert cpu.NumbaOps(together.roll(1, 0), 9)._forward.shared == 1  # groups begin elsewhere
+    together[7] = together[7].flip(0)
+    assert cpu.NumbaOps(together, 9)._forward.shared == 1
+
+
 def test_an_empty_batch_gives_empty_results_and_zero_gradients():
     values, indices = case(4, 6, 3)
     values.requires_grad_()

@@ -83,9 +83,10 @@ def _run(kernel: Callable[[Any], None], work: int, *arguments: int) -> None:
 class _Rows:
     """A sparse matrix [R, C] by rows, as the kernels read it."""
 
-    def __init__(self, starts: Tensor, columns: Tensor, inputs: int) -> None:
+    def __init__(self, starts: Tensor, columns: Tensor, inputs: int, shared: int = 1) -> None:
         self.starts = starts  # [R + 1], int64
         self.columns = columns.to(torch.uint16)  # [nnz]
+        self.shared = shared  # so many rows in turn have the same columns
         self.outputs, self.inputs = len(starts) - 1, inputs
 
     def times(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,10 +98,20 @@ class _Rows:
         width = _width(rows, self.inputs)
         tiles = _packed(x, width)
         _run(
-            cpu_kernels.tile, values.numel() * rows, self.outputs, self.starts.data_ptr(), self.columns.data_ptr(),
-            values.data_ptr(), bias_at, tiles.data_ptr(), self.inputs, width, rows, by_feature, y.data_ptr(),
+            cpu_kernels.tile, values.numel() * rows, self.outputs, self.shared, self.starts.data_ptr(),
+            self.columns.data_ptr(), values.data_ptr(), bias_at, tiles.data_ptr(), self.inputs, width, rows,
+            by_feature, y.data_ptr(),
         )  # fmt: skip
         return y
+
+
+def _shared(indices: Tensor) -> int:
+    """How many neurons of `indices` [N, K] are computed together: SHARED where such neighbours have the same inputs."""
+    together = cpu_kernels.SHARED
+    if len(indices) % together:
+        return 1
+    groups = indices.unflatten(0, (-1, together))
+    return together if bool((groups == groups[:, :1]).all()) else 1
 
 
 def _width(rows: int, inputs: int) -> int:
@@ -134,7 +145,7 @@ class NumbaOps:
         self.neurons, self.fan_in = indices.shape
         self.in_features = in_features
         starts = torch.arange(0, indices.numel() + 1, self.fan_in)
-        self._forward = _Rows(starts, indices.flatten(), in_features)
+        self._forward = _Rows(starts, indices.flatten(), in_features, _shared(indices))
 
     @functools.cached_property
     def _transposed(self) -> tuple[Tensor, _Rows]:
@@ -150,9 +161,10 @@ class NumbaOps:
         if len(x) != 1:
             return self._forward.times(x, values, bias)
         y = torch.empty(1, self.neurons)
+        kernel = cpu_kernels.gemv if self._forward.shared == 1 else cpu_kernels.gemv_shared
         _run(
-            cpu_kernels.gemv, values.numel(), self.neurons, self.fan_in, values.data_ptr(),
-            self._forward.columns.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+            kernel, values.numel(), self.neurons, self.fan_in, values.data_ptr(), self._forward.columns.data_ptr(),
+            x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y
 

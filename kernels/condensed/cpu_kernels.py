@@ -29,6 +29,7 @@ SIDE = 8  # of the squares that are transposed in registers
 ROWS = 16  # results that are computed before they are stored: one cache line of each row of y
 CHUNK = 64  # rows of one work item
 LANES = 32  # of the sampled products
+SHARED = 4  # neurons that are computed together where they have the same inputs; divides ROWS and CHUNK
 
 
 def _at(builder: Any, address: Any, kind: Any, offset: Any = None) -> Any:
@@ -104,43 +105,52 @@ def _scratch(typing: Any, floats: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _dot(typing: Any, lanes: Any, values: Any, columns: Any, count: Any, x: Any, start: Any, y: Any) -> Any:
-    """y[0:lanes] = start + Σ_k values[k] · x[columns[k], 0:lanes] for k < count; the sums stay in registers.
+def _dot(
+    typing: Any, lanes: Any, rows: Any, values: Any, columns: Any, count: Any, x: Any, starts: Any, y: Any, stride: Any
+) -> Any:
+    """y[r, 0:lanes] = starts[r] + Σ_k values[r, k] · x[columns[k], 0:lanes] for k < count, r < rows.
 
-    Loads are what this waits for, two a cycle; one load brings the columns of two or four weights.
+    The rows of y are `stride` numbers apart, those of values `count`. The sums stay in registers. Loads are what this
+    waits for, two a cycle: one load brings the columns of two or four weights, and rows that share their columns share
+    the loads of x.
     """
-    width = lanes.literal_value
-    steps = 2 if width > 2 * BLOCK else 4  # sums side by side, as many as there are registers for
+    width, shared = lanes.literal_value, rows.literal_value
+    registers = shared * max(1, width // BLOCK)
+    steps = 4 if registers <= 2 else 2 if registers <= 4 else 1  # sums side by side: eight hide a product's latency
     several = ir.IntType(16 * steps)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, values, columns, count, x, start, y = args
-        first = _splat(builder, start, width)
-        sums = [
-            cgutils.alloca_once_value(builder, first if u == 0 else ir.Constant(first.type, None)) for u in range(steps)
-        ]
+        _, _, values, columns, count, x, starts, y, stride = args
+        zero = ir.Constant(ir.VectorType(F32, width), None)
+        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(shared)] for _ in range(steps)]
+        for r, total in enumerate(sums[0]):
+            builder.store(_splat(builder, builder.load(_at(builder, starts, F32, I64(r))), width), total)
 
-        def step(k: Any, column: Any, total: Any) -> None:
-            weight = _splat(builder, builder.load(_at(builder, values, F32, k)), width)
-            column = builder.zext(column, I64)
-            numbers = builder.load(_vector_at(builder, x, width, builder.mul(column, I64(width))), align=4)
-            builder.store(_fused(builder, weight, numbers, builder.load(total)), total)
+        def step(k: Any, column: Any, totals: Any) -> None:
+            place = builder.mul(builder.zext(column, I64), I64(width))
+            numbers = builder.load(_vector_at(builder, x, width, place), align=4)
+            for r, total in enumerate(totals):
+                at = builder.add(k, builder.mul(count, I64(r)))
+                weight = _splat(builder, builder.load(_at(builder, values, F32, at)), width)
+                builder.store(_fused(builder, weight, numbers, builder.load(total)), total)
 
         whole = builder.sub(count, builder.urem(count, I64(steps)))
         with cgutils.for_range_slice(builder, I64(0), whole, I64(steps), I64) as (k, _):
             place = builder.bitcast(_at(builder, columns, I16, k), several.as_pointer())
             read = builder.load(place, align=2)
             for u in range(steps):
-                step(builder.add(k, I64(u)), builder.trunc(builder.lshr(read, several(16 * u)), I16), sums[u])
+                column = builder.trunc(builder.lshr(read, several(16 * u)), I16) if steps > 1 else read
+                step(builder.add(k, I64(u)), column, sums[u])
         with cgutils.for_range_slice(builder, whole, count, I64(1), I64) as (k, _):
             step(k, builder.load(_at(builder, columns, I16, k)), sums[0])
-        total = builder.load(sums[0])
-        for other in sums[1:]:
-            total = builder.fadd(total, builder.load(other))
-        builder.store(total, _vector_at(builder, y, width), align=4)
+        for r in range(shared):
+            total = builder.load(sums[0][r])
+            for others in sums[1:]:
+                total = builder.fadd(total, builder.load(others[r]))
+            builder.store(total, _vector_at(builder, y, width, builder.mul(stride, I64(r))), align=4)
         return context.get_dummy_value()
 
-    return types.void(lanes, *[types.intp] * 4, types.float32, types.intp), generate
+    return types.void(lanes, rows, *[types.intp] * 7), generate
 
 
 @intrinsic
@@ -229,6 +239,34 @@ def gemv(block: Any) -> None:
         first = _take(block) * CHUNK
 
 
+def gemv_shared(block: Any) -> None:
+    """The same for neurons that share their columns, SHARED in turn: each input is fetched once for all of them."""
+    a = carray(block, (8,), np.int64)
+    N, K = a[1], a[2]
+    values = carray(_pointer(a[3], np.float32), (N, K))
+    columns = carray(_pointer(a[4], np.uint16), (N, K))
+    x = carray(_pointer(a[5], np.float32), (65536,))
+    bias = carray(_pointer(a[6], np.float32), (N,))
+    y = carray(_pointer(a[7], np.float32), (N,))
+    first = _take(block) * CHUNK
+    while first < N:
+        for n in range(first, min(first + CHUNK, N), SHARED):
+            for line in range(0, SHARED * K, 16):
+                _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
+            sum0 = sum1 = sum2 = sum3 = np.float32(0)
+            for k in range(K):
+                number = x[columns[n, k]]
+                sum0 += values[n, k] * number
+                sum1 += values[n + 1, k] * number
+                sum2 += values[n + 2, k] * number
+                sum3 += values[n + 3, k] * number
+            y[n], y[n + 1], y[n + 2], y[n + 3] = sum0, sum1, sum2, sum3
+            if a[6] != 0:
+                for i in range(n, n + SHARED):
+                    y[i] += bias[i]
+        first = _take(block) * CHUNK
+
+
 def pack(block: Any) -> None:
     """x -> tiles [tiles, I, T] of T rows each, the last one filled up with zeros.
 
@@ -261,35 +299,45 @@ def pack(block: Any) -> None:
 def tile(block: Any) -> None:
     """A sparse matrix, given by rows, times packed tiles.
 
-    Block: counter, N, starts [N + 1], columns, values, bias or 0, tiles [.., I, T], I, T, B, feature-major or not,
-    y [N, B] or [B, N].
+    Block: counter, N, rows that share their columns (1 or SHARED), starts [N + 1], columns, values, bias or 0,
+    tiles [.., I, T], I, T, B, feature-major or not, y [N, B] or [B, N].
     """
-    a = carray(block, (12,), np.int64)
-    N, I, T, B, by_feature = a[1], a[7], a[8], a[9], a[10]
-    starts = carray(_pointer(a[2], np.int64), (N + 1,))
-    bias = carray(_pointer(a[5], np.float32), (N,))
-    y = carray(_pointer(a[11], np.float32), (N * B,))
-    memory = _scratch(512)  # ROWS · 32
+    a = carray(block, (13,), np.int64)
+    N, shared, I, T, B, by_feature = a[1], a[2], a[8], a[9], a[10], a[11]
+    starts = carray(_pointer(a[3], np.int64), (N + 1,))
+    bias = carray(_pointer(a[6], np.float32), (N,))
+    y = carray(_pointer(a[12], np.float32), (N * B,))
+    memory, first_sums = _scratch(512), _scratch(16)  # ROWS · 32
     results = carray(_pointer(memory, np.float32), (512,))
+    begin = carray(_pointer(first_sums, np.float32), (16,))
     tiles, chunks = (B + T - 1) // T, (N + CHUNK - 1) // CHUNK
     work = _take(block)
     while work < tiles * chunks:  # tile after tile, which keeps the tile in the cache
         t, first = work // chunks, work % chunks * CHUNK
-        base, x, width = t * T, a[6] + 4 * T * I * t, min(T, B - t * T)
+        base, x, width = t * T, a[7] + 4 * T * I * t, min(T, B - t * T)
         for n0 in range(first, min(first + CHUNK, N), ROWS):
             rows = min(ROWS, N - n0)
             direct = by_feature and width == T
-            for r in range(rows):
+            for r in range(0, rows, shared):
                 n = n0 + r
                 p, count = starts[n], starts[n + 1] - starts[n]
-                begin = bias[n] if a[5] else np.float32(0)
-                out = a[11] + 4 * (n * B + base) if direct else memory + 4 * r * T
-                if T == 32:
-                    _dot(32, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                values, columns = a[5] + 4 * p, a[4] + 2 * p
+                for i in range(shared):
+                    begin[i] = bias[n + i] if a[6] else np.float32(0)
+                out, stride = (a[12] + 4 * (n * B + base), B) if direct else (memory + 4 * r * T, T)
+                if shared == 1:
+                    if T == 32:
+                        _dot(32, 1, values, columns, count, x, first_sums, out, stride)
+                    elif T == 16:
+                        _dot(16, 1, values, columns, count, x, first_sums, out, stride)
+                    else:
+                        _dot(8, 1, values, columns, count, x, first_sums, out, stride)
+                elif T == 32:
+                    _dot(32, SHARED, values, columns, count, x, first_sums, out, stride)
                 elif T == 16:
-                    _dot(16, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                    _dot(16, SHARED, values, columns, count, x, first_sums, out, stride)
                 else:
-                    _dot(8, a[4] + 4 * p, a[3] + 2 * p, count, x, begin, out)
+                    _dot(8, SHARED, values, columns, count, x, first_sums, out, stride)
             if direct:
                 continue
             if by_feature:
@@ -299,7 +347,7 @@ def tile(block: Any) -> None:
             elif rows == ROWS and width == T:
                 for b in range(0, T, SIDE):
                     for r in range(0, ROWS, SIDE):
-                        _transpose(memory + 4 * (r * T + b), T, a[11] + 4 * ((base + b) * N + n0 + r), N)
+                        _transpose(memory + 4 * (r * T + b), T, a[12] + 4 * ((base + b) * N + n0 + r), N)
             else:
                 for b in range(width):
                     for r in range(rows):

@@ -13,6 +13,7 @@ from pathlib import Path
 LINES = {  # method: (label, colour, style)
     "condensed_by_feature": ("condensed, activations by feature", "#1b6ca8", "--"),
     "condensed": ("condensed", "#1b6ca8", "-"),
+    "shared": ("condensed, four neurons share their inputs", "#1e8449", "-"),
     "condensed_without_numba": ("condensed without numba", "#7fb3d5", "-"),
     "csr32": ("torch CSR, int32 indices, input transposed for free", "#c0392b", "-"),
     "csr64": ("torch CSR as F.linear takes it (int64)", "#e59866", "-"),
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         axis.set_xlabel("rows of the input (batch)")
     axes[0][0].set_ylabel("times faster than dense, one thread")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     layers = len({(r["in_features"], r["out_features"]) for r in table})
     figure.suptitle(f"median over {layers} layers, {table[0]['cpu'].split(' (')[0]}", fontsize=9)
     out = path.with_suffix(".png")
