@@ -38,11 +38,12 @@ class Case(NamedTuple):
     dtype: str  # as "bfloat16"
     training: bool  # forward and backward, else forward alone
     tokens: int  # one of BUCKETS
+    pattern: str = ""  # of an n:m layer, as "2:4"; its group is 1
 
     def __str__(self) -> str:
         kind = "training" if self.training else "forward"
-        sparsity = 1 - self.fan_in / self.inputs
-        return f"{self.neurons}x{self.inputs} V={self.group} {sparsity:.2%} {self.dtype} {kind} {self.tokens}"
+        form = self.pattern or f"V={self.group} {1 - self.fan_in / self.inputs:.2%}"
+        return f"{self.neurons}x{self.inputs} {form} {self.dtype} {kind} {self.tokens}"
 
 
 Measure = Callable[[Case], dict[str, float]]
@@ -134,9 +135,11 @@ def table() -> Table:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(neurons: int, inputs: int, group: int, fan_in: int, dtype: str, training: bool, tokens: int) -> str:
+def choose(
+    neurons: int, inputs: int, group: int, fan_in: int, dtype: str, training: bool, tokens: int, pattern: str = ""
+) -> str:
     """The fastest way measured for a layer on this GPU, "dense" where nothing was. `tokens`: one of BUCKETS."""
-    return table().best(Case(neurons, inputs, group, fan_in, dtype, training, tokens))
+    return table().best(Case(neurons, inputs, group, fan_in, dtype, training, tokens, pattern))
 
 
 def measure(cases: Iterable[Case], measured: Measure, into: Table, seconds: float = float("inf")) -> list[Case]:

@@ -28,6 +28,10 @@ def ensure(case: Case) -> None:
 
 def measured_seconds(case: Case, timer: Timer = graph_seconds, device: str = "cuda") -> dict[str, float]:
     """Way -> seconds. "dense" is the product with a dense weight that is there already."""
+    if case.pattern:
+        from sparselearn.kernels.semi_structured import measure
+
+        return measure.measured_seconds(case, timer, device)
     dtype = getattr(torch, case.dtype)
     x = torch.randn(case.tokens, case.inputs, device=device, dtype=dtype)
     grad = torch.randn(case.tokens, case.neurons, device=device, dtype=dtype)

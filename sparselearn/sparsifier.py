@@ -4,7 +4,7 @@ An optimizer step is `before_step(optimizer)`, clipping if any, the optimizer's 
 optimizer wrapper and the Lightning callback are thin callers of these two.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,11 +260,12 @@ class Sparsifier(MaskedModel):
         return {n: g.detach().clone() if copy else g.detach() for n, g in grads.items()}
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer, *, stepped: bool = True) -> None:
+    def after_step(self, optimizer: Optimizer, *, stepped: bool = True, masked: Container[nn.Parameter] = ()) -> None:
         """After the optimizer's step, or instead of it: `stepped=False` where GradScaler skipped it.
 
         Zeroes inactive weights; at an update step chooses the new masks and zeroes grown weights and the optimizer
-        state of all weights that moved. A step that did not happen leaves masks and clock as they were.
+        state of all weights that moved. A step that did not happen leaves masks and clock as they were. The weights of
+        `masked` are zero outside their masks already.
         """
         layers = self.layers_of(optimizer)
         if not layers:
@@ -281,7 +282,8 @@ class Sparsifier(MaskedModel):
         if not stepped:
             return
         for weight, layer in layers.values():
-            distributed.local(weight.parameter.data).masked_fill_(distributed.local(layer.inactive), 0)
+            if weight.parameter not in masked:
+                distributed.local(weight.parameter.data).masked_fill_(distributed.local(layer.inactive), 0)
         self._track_step(layers, opened)
         update = opened.due and opened.grads is not None
         if update:

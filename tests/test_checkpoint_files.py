@@ -14,7 +14,7 @@ from torch import nn
 from sparselearn import SparseOptimizer, Sparsifier, SparsityError, rigl, static
 from sparselearn.checkpoint import inspect, iterate, load, load_masks, load_state_dict, save, verify
 from sparselearn.methods import sr_ste
-from sparselearn.modules import CondensedLinear, CsrLinear
+from sparselearn.modules import CondensedLinear, CsrLinear, SemiStructuredLinear
 from sparselearn.structures import NM, ConstantFanIn
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
@@ -211,6 +211,23 @@ def test_load_condensed(tmp_path):
     save(model, tmp_path, masks=sparsifier)
     load(tmp_path, other := network(1), "condensed")
     assert type(other[0]) is CsrLinear
+
+
+@pytest.mark.filterwarnings("ignore:.*computes densely")
+def test_load_semi_structured(tmp_path):
+    model, sparsifier, _ = trained(static(structure=NM(2, 4)), sparsity=0.5, exclude=["4.weight"])
+    save(model, tmp_path, masks=sparsifier)
+    other = network(1)
+    masks = load(tmp_path, other, "semi_structured")
+    assert [type(layer) for layer in (other[0], other[3], other[4])] == [SemiStructuredLinear] * 2 + [nn.Linear]
+    assert torch.equal(other[0].mask, masks["0.weight"])
+    assert torch.equal(other[0].to_dense()[0].weight, model[0].weight)
+    x = torch.randn(5, 20)
+    torch.testing.assert_close(other.eval()(x), model.eval()(x))
+    model, sparsifier, _ = trained()  # not n:m: stays as it is
+    save(model, tmp_path, masks=sparsifier)
+    load(tmp_path, other := network(1), "semi_structured")
+    assert torch.equal(other[0].weight, model[0].weight)
 
 
 def test_a_process_that_knows_no_model_reads_dense_tensors(tmp_path):

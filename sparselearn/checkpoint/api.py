@@ -161,7 +161,8 @@ def load(
         into: a model with the same names, shapes and dtypes. DDP, torch.compile and FSDP2 may be around it.
         as_: "dense": ordinary tensors, pruned weights are zeros. "masked": the same, and the masks are returned; with
             `sparsifier`, also imposed on it, so that training goes on. "condensed": layers are swapped for sparse
-            modules, see `sparselearn.modules.convert`.
+            modules, see `sparselearn.modules.convert`. "semi_structured": linear layers whose masks are n:m become
+            `sparselearn.modules.SemiStructuredLinear`; others stay as they are.
         sparsifier: of this model, with "masked" only. Its clock and the optimizer's state are not in a sparse
             checkpoint; an exact resumption needs theirs.
 
@@ -183,8 +184,6 @@ def load(
     """
     if as_ not in get_args(Form):
         raise SparsityError(f"`as_` must be one of {', '.join(get_args(Form))}; got {as_!r}.")
-    if as_ == "semi_structured":
-        raise SparsityError("`as_='semi_structured'` has no modules yet in this version. Load it as 'masked'.")
     if sparsifier is not None and as_ != "masked":
         raise SparsityError(f"`sparsifier` goes with `as_='masked'`; got {as_!r}.")
     model, state = plain_model(into), named_tensors(into)
@@ -203,10 +202,10 @@ def load(
         sparsifier.set_masks(masks)
     with sparsifier.dense_weights() if sparsifier is not None else nullcontext():
         model.load_state_dict(tensors)
-    if as_ == "condensed":
-        from sparselearn.modules import convert
+    if as_ in ("condensed", "semi_structured"):
+        from sparselearn.modules import SemiStructuredLinear, convert
 
-        convert(model, masks, force=True)
+        convert(model, masks, force=True, candidates=None if as_ == "condensed" else [SemiStructuredLinear])
     return masks
 
 

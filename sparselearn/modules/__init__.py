@@ -10,6 +10,7 @@ from sparselearn.modules.condensed import CondensedConv2d, CondensedLinear
 from sparselearn.modules.convert import convert, revert
 from sparselearn.modules.grouped import GroupedFanInLinear, measure_layers
 from sparselearn.modules.report import ConversionReport
+from sparselearn.modules.semi_structured import SemiStructuredLinear
 from sparselearn.modules.siblings import CsrLinear, MaskedDenseLinear
 from sparselearn.modules.update import captured, rewire, update_condensed
 
@@ -20,6 +21,7 @@ __all__ = [
     "CsrLinear",
     "GroupedFanInLinear",
     "MaskedDenseLinear",
+    "SemiStructuredLinear",
     "SparseModule",
     "captured",
     "convert",

@@ -15,12 +15,13 @@ from sparselearn.modules.base import SparseModule, masked_weight
 from sparselearn.modules.condensed import CondensedConv2d, CondensedLinear
 from sparselearn.modules.grouped import GroupedFanInLinear
 from sparselearn.modules.report import ConversionReport, Row, check_table
+from sparselearn.modules.semi_structured import SemiStructuredLinear
 from sparselearn.modules.siblings import CsrLinear
 from sparselearn.modules.timing import Timer, interleaved, speedup
 from sparselearn.sparsifier import Sparsifier
 
 CANDIDATES: tuple[type[SparseModule], ...] = (CondensedLinear, CondensedConv2d, CsrLinear)
-CUDA_CANDIDATES: tuple[type[SparseModule], ...] = (GroupedFanInLinear, *CANDIDATES)
+CUDA_CANDIDATES: tuple[type[SparseModule], ...] = (GroupedFanInLinear, SemiStructuredLinear, *CANDIDATES)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -1,0 +1,34 @@
+"""2:4 weights as the registers of `mma.sp`, so that every thread reads its part in pieces of 16 bytes.
+
+The PTX instruction mma.sp m16n8k32 (bfloat16, float16) multiplies 16 neurons with 8 tokens over 32 inputs, of which it
+keeps 16; lane g·4 + c of a warp holds rows g and g + 8 (PTX ISA, "Warp-level matrix fragments for sparse
+mma.m16n8k32").
+
+Legend of shape suffixes: R blocks of 16 neurons, S steps of 32 inputs, C chunks of 256 inputs.
+"""
+
+import torch
+from torch import Tensor
+
+ROWS, CHUNK = 16, 256  # neurons and inputs come in multiples of these
+FLOATS = (torch.bfloat16, torch.float16)
+
+
+def fits(neurons: int, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether a weight has whole blocks and chunks, of a dtype of the instruction."""
+    return dtype in FLOATS and neurons % ROWS == 0 and inputs % CHUNK == 0
+
+
+def fragments(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed 2:4 values [N, I/2] and places [N, I/8] -> int32 [R, S, 32 lanes, 4] and [R, C, 32 lanes, 4].
+
+    The first has two values a number: register h·2 + u of a lane holds inputs h·16 + c·4 .. + 3 of row g + 8·u of a
+    step. The second has the places of 16 inputs of row g (low half) and row g + 8: register p of lane g·4 + s·2 + c
+    those of inputs p·64 + s·32 + c·16 .. + 15 of a chunk, s being the instruction's selector.
+    """
+    blocks, inputs = len(values) // ROWS, values.shape[1] * 2
+    pairs = values.contiguous().view(torch.int32).view(blocks, 2, 8, inputs // 32, 2, 4)  # R u g S h c
+    kept = pairs.permute(0, 3, 2, 5, 4, 1).reshape(blocks, inputs // 32, 32, 4)
+    sixteen = places.contiguous().view(torch.int16).int().view(blocks, 2, 8, inputs // CHUNK, 4, 2, 2)  # R u g C p s c
+    joined = sixteen[:, 0] & 0xFFFF | sixteen[:, 1] << 16
+    return kept, joined.permute(0, 2, 1, 4, 5, 3).reshape(blocks, inputs // CHUNK, 32, 4)
