@@ -75,13 +75,14 @@ def highest(score: Tensor, k: int, keep: Tensor | None = None) -> Tensor:
         first = highest(score.masked_fill(~keep, -math.inf), k) & keep & (score > -math.inf)
         score = score.clamp(max=torch.finfo(score.dtype).max).masked_fill(first, math.inf)
     size = score.shape[-1]
-    if size <= 8:  # millions of tiny lines: counting who is ahead is 3 (CPU) to 50 times (GPU) faster than selecting
-        ahead = torch.zeros_like(score, dtype=torch.uint8)
-        for i in range(size):
-            one = score[..., i : i + 1]
-            ahead[..., :i] += one > score[..., :i]
-            ahead[..., i + 1 :] += one >= score[..., i + 1 :]
-        return ahead < k
+    if size <= 16:  # millions of tiny lines: counting who is ahead is 2 (CPU) to 50 times (GPU) faster than selecting
+        place = score.movedim(-1, 0).contiguous()
+        ahead = torch.zeros_like(place, dtype=torch.uint8)
+        for i in range(1, size):
+            wins = place[i] > place[:i]
+            ahead[:i] += wins
+            ahead[i] = i - wins.sum(0, dtype=torch.uint8)
+        return (ahead < k).movedim(0, -1)
     threshold = score.topk(k, dim=-1).values[..., -1:]
     above, ties = score > threshold, score == threshold
     missing = k - above.sum(-1, keepdim=True, dtype=torch.int32)
@@ -90,8 +91,10 @@ def highest(score: Tensor, k: int, keep: Tensor | None = None) -> Tensor:
 
 def require(who: object, score: Tensor, k: int, group: str, what: str = "weights") -> None:
     """Raises `SparsityError` where a line of the last dimension has fewer than k scores above `-inf`."""
+    if not score.numel() or bool(score.min() > -math.inf):
+        return
     candidates = (score > -math.inf).sum(-1).reshape(-1)
-    if candidates.numel() and (fewest := int(candidates.min())) < k:
+    if (fewest := int(candidates.min())) < k:
         raise SparsityError(
             f"`{who}` needs {k} {what} that may be chosen in every {group}; {group} {int(candidates.argmin())} has "
             f"{fewest}. Widen the support, or let dropped weights return."
