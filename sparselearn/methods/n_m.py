@@ -146,7 +146,7 @@ def pretrain_24(*, steps: int, decay: float = 6e-5, every: int = 40, dense_from:
     The mask, 2:4 in rows and columns so that forward and dX are both sparse, is renewed every 40 optimizer steps; the
     gradient gets λ·(1 - M)⊙W after clipping (masked decay on the gradient, §4.2); from 5/6 of the run on training is
     dense. λ: 6e-5 for GPT-2 124M and 774M, 2e-4 for 350M and 1.5B. The neural gradients' MVUE, which makes dW sparse
-    too, is `mvue_24`, for a backward pass of your own.
+    too, is `modules.mvue.mvue`.
 
     Args:
         steps: length of the run in optimizer steps.
@@ -212,8 +212,10 @@ def cast(structure: Structure, *, decay: float | Schedule, stop: int, every: int
     The forward pass stays dense until `stop` (β = 1); an L1 decay on masked-out weights, renewed every 10 steps, draws
     them to zero; from `stop` on they are zero exactly.
 
-    Differs: only the abstract and the authors' earlier code were read; the L1 term goes through the gradient, and the
-    learned output scales and the self-distillation are left out. No fidelity is claimed.
+    The paper's other two parts are `modules.scaled.scale_outputs` and `wrappers.SelfDistillation`.
+
+    Differs: only the abstract and the authors' earlier code were read; the L1 term goes through the gradient. No
+    fidelity is claimed.
     """
     return StraightThrough(structure, every=every, residual=decaying(0.0, 0, stop, "linear"), penalty=l1_decay(decay))
 

@@ -1,5 +1,6 @@
-"""Outer loops around training: pruning between runs, streams, nested networks. Each is used in a loop of your own."""
+"""Around training: pruning between runs, streams, nested networks, self-distillation. Used in a loop of your own."""
 
+from sparselearn.wrappers.distillation import SelfDistillation
 from sparselearn.wrappers.hypersparse import ARTController, HyperSparse
 from sparselearn.wrappers.nested import NestedSubnets
 from sparselearn.wrappers.one_shot import (
@@ -15,6 +16,7 @@ __all__ = [
     "ARTController",
     "HyperSparse",
     "NestedSubnets",
+    "SelfDistillation",
     "activating_while_pruning",
     "anytime_pruning",
     "app_densities",
