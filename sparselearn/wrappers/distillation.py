@@ -14,8 +14,10 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     >>> divergence(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log())  # 3/4·ln(3/2) + 1/4·ln(1/2)
     tensor(0.1308)
     """
-    rows = [F.log_softmax(logits.flatten(0, -2).float() / temperature, dim=-1) for logits in (student, teacher)]
-    return F.kl_div(*rows, reduction="batchmean", log_target=True) * temperature**2
+    learned, wanted = (
+        F.log_softmax(logits.flatten(0, -2).float() / temperature, dim=-1) for logits in (student, teacher)
+    )
+    return F.kl_div(learned, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
 class SelfDistillation:
