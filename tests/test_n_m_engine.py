@@ -321,3 +321,17 @@ def test_the_exact_transposable_solver_is_never_worse_than_the_greedy_one() -> N
     chosen = (weight.abs() * mask).unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).reshape(-1, 4, 4)
     torch.testing.assert_close(chosen.sum((1, 2)), best)
     assert math.isclose(float(mask.sum()), 800)
+
+
+def test_sr_ste_by_hand() -> None:
+    """W = (1, 2, 3, 4), g = .1, λ = .1, 2:4: M = (0, 0, 1, 1) and the gradient is (.2, .3, .1, .1)."""
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    sparsifier = sl.Sparsifier(layer, sl.sr_ste(NM24, decay=0.1))
+    optimizer = sl.SparseOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), sparsifier)
+    assert layer.weight.tolist() == [[0, 0, 3, 4]]
+    layer(torch.full((1, 4), 0.1)).sum().backward()
+    optimizer.step()
+    with sparsifier.dense_weights():
+        torch.testing.assert_close(layer.weight.data, torch.tensor([[0.8, 1.7, 2.9, 3.9]]))
+    torch.testing.assert_close(layer.weight.data, torch.tensor([[0, 0, 2.9, 3.9]]))
