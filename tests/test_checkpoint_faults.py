@@ -222,7 +222,7 @@ SHARDS = {
     "pointers descend": (replace_part("csr#pointers", _1=255), "its `pointers` must ascend from 0"),
     "pointers start late": (replace_part("csr#pointers", _0=1), "its `pointers` must ascend from 0"),
     "pointers end early": (replace_part("csr#pointers", _6=1), "its `pointers` must ascend from 0"),
-    "pattern that is none": (replace_part("packed#patterns", _0=0xFF), "its `patterns` must be below 6; one is 7"),
+    "pattern that is none": (replace_part("packed#patterns", _0=0xFF), "its `patterns` must be below 6; some are not"),
     "bits after the patterns": (replace_part("packed#patterns", _2=0x80), "fill up its `patterns` must be 0"),
     "bool of 2": (lambda t: t["flags"].view(torch.uint8).fill_(2), "its bools must be 0 or 1"),
     "another value": (replace_part("bias", _0=9.0), "`bias` of .* is damaged: its values are not those"),

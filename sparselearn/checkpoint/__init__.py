@@ -17,7 +17,7 @@ A folder with safetensors files (shards) and a manifest, `sparselearn.json`, in 
      "digest": hash
     }
 
-- Hashes are BLAKE2b of 32 bytes, in lower-case hexadecimal. `digest` is of all bytes of the manifest before its own
+- Hashes are SHA-256, in lower-case hexadecimal. `digest` is of all bytes of the manifest before its own
   line, `,\\n "digest": "..."\\n}\\n`, which is last; `header` of the shard's bytes before its tensors (8 of length, and
   the JSON); `values_hash` of the kept values (all, without a mask), row-major, little-endian; `mask_hash` of the mask
   as bits (below), null without a mask. Neither depends on the encoding.

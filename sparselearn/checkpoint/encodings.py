@@ -259,21 +259,40 @@ class Packed(Encoding):
         return {"patterns": (BYTE, (-(-math.prod(shape) // self.m * self._width // 8),))}
 
     def encode(self, mask: Mask, shape: Shape) -> dict[str, Array]:
-        groups = np.moveaxis(mask.reshape(shape), self.dim, -1).reshape(-1, self.m)
-        numbers = _numbers(self.n, self.m).take(_join(groups))
-        if bool((numbers == len(_patterns(self.n, self.m))).any()):
+        moved = np.moveaxis(mask.reshape(shape), self.dim, -1).reshape(-1)
+        whole = len(moved) // 64 * 64 if 8 % self.m == 0 else 0  # a byte of the mask is a whole number of groups
+        fields = _fields(self.n, self.m).take(pack(moved[:whole]).reshape(-1, 8))
+        bits = 8 // self.m * self._width
+        words = np.zeros(len(fields), np.uint64)
+        for i in range(8):
+            words |= fields[:, i].astype(np.uint64) << np.uint64(bits * i)
+        numbers = _numbers(self.n, self.m).take(_join(moved[whole:].reshape(-1, self.m)))
+        if bool((fields == _NONE).any()) or bool((numbers == len(_patterns(self.n, self.m))).any()):
             raise SparsityError(f"every {self.m} weights along dimension {self.dim} must hold {self.n}; some do not")
-        return {"patterns": pack(_split(numbers, self._width).reshape(-1))}
+        head = words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
+        return {"patterns": np.concatenate([head, pack(_split(numbers, self._width).reshape(-1))])}
 
     def decode(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Mask:
-        groups = math.prod(shape) // self.m
-        numbers = _join(unpack(parts["patterns"], groups * self._width, "patterns").reshape(groups, self._width))
+        size, stored = math.prod(shape), parts["patterns"]
+        whole = size // 64 if 8 % self.m == 0 else 0
+        bits = 8 // self.m * self._width
+        eights = np.zeros((whole, 8), np.uint8)
+        eights[:, :bits] = stored[: whole * bits].reshape(whole, bits)
+        words = eights.view("<u8").reshape(-1)
+        last = np.uint64((1 << bits) - 1)
+        fields = np.empty((whole, 8), np.uint8)
+        for i in range(8):
+            fields[:, i] = words >> np.uint64(bits * i) & last
+        valid, entries = _bytes_of_fields(self.n, self.m)
+        groups = (size - 64 * whole) // self.m
+        numbers = _join(unpack(stored[whole * bits :], groups * self._width, "patterns").reshape(groups, self._width))
         patterns = _patterns(self.n, self.m)
-        if groups and int(numbers.max()) >= len(patterns):
-            raise SparsityError(f"its `patterns` must be below {len(patterns)}; one is {int(numbers.max())}")
-        moved = [size for dim, size in enumerate(shape) if dim != self.dim] + [shape[self.dim]]
-        mask = _split(patterns, self.m).take(numbers, 0).reshape(moved)
-        return np.ascontiguousarray(np.moveaxis(mask, -1, self.dim)).reshape(-1)
+        if not bool(valid.take(fields).all()) or (groups and int(numbers.max()) >= len(patterns)):
+            raise SparsityError(f"its `patterns` must be below {len(patterns)}; some are not")
+        head = np.unpackbits(entries.take(fields).reshape(-1), bitorder="little").view(np.bool_)
+        mask = np.concatenate([head, _split(patterns, self.m).take(numbers, 0).reshape(-1)])
+        moved = [length for dim, length in enumerate(shape) if dim != self.dim] + [shape[self.dim]]
+        return np.ascontiguousarray(np.moveaxis(mask.reshape(moved), -1, self.dim)).reshape(-1)
 
 
 def _join(bits: Mask) -> Array:
@@ -291,6 +310,32 @@ def _split(numbers: Array, width: int) -> Mask:
     for i in range(width):
         bits[:, i] = numbers >> i & 1
     return bits
+
+
+_NONE = 255  # no field of eight entries is as large
+
+
+@cache
+def _fields(n: int, m: int) -> Array:
+    """A byte of the mask -> the pattern numbers of its groups side by side; `_NONE` where one is no pattern. m | 8."""
+    numbers, width = _numbers(n, m), (math.comb(m, n) - 1).bit_length()
+    fields = np.zeros(256, np.uint8)
+    every = np.arange(256)
+    for i in range(8 // m):
+        number = numbers[every >> m * i & (1 << m) - 1]
+        fields = np.where((number == len(_patterns(n, m))) | (fields == _NONE), _NONE, fields | number << width * i)
+    found: Array = fields.astype(np.uint8)
+    return found
+
+
+@cache
+def _bytes_of_fields(n: int, m: int) -> tuple[Mask, Array]:
+    """The inverse of `_fields`: whether a field is one, and its byte."""
+    fields = _fields(n, m)
+    known = np.flatnonzero(fields != _NONE)
+    valid, entries = np.zeros(256, np.bool_), np.zeros(256, np.uint8)
+    valid[fields[known]], entries[fields[known]] = True, known
+    return valid, entries
 
 
 @cache

@@ -33,7 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 def hash_of(data: Any) -> str:
     """Of bytes or of a contiguous array."""
-    return hashlib.blake2b(data, digest_size=32).hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
