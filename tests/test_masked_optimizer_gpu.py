@@ -92,7 +92,7 @@ def test_a_step_is_torch_s_step_with_masking(name, dtype, options, clean):
         for p, q, grad, mask in zip(made, theirs, grads, masks, strict=True):
             assert masked_optimizer.fits(a, a.param_groups[0], p, chosen[p])
             q.data.copy_(p.data)
-            q.grad = grad.masked_fill(~mask, 0)
+            q.grad = grad.clone().masked_fill_(~mask, 0)  # in place: torch's fused steps want the weight's strides
         before = [grad.clone() for grad in grads]
         masked_optimizer.step(a, chosen)
         b.step()

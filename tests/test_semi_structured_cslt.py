@@ -1,11 +1,15 @@
 """2:4 products through cuSPARSELt, by a library that stands in for it."""
 
+import itertools
+
 import pytest
 import torch
 
 from sparselearn import SparsityError
 from sparselearn.kernels import crossover
 from sparselearn.kernels.semi_structured import cslt, pack, reference
+from sparselearn.kernels.semi_structured import search as search_module
+from sparselearn.kernels.semi_structured.search import DEFAULT, Product, known, search
 
 
 def packed(dtype):
@@ -18,7 +22,7 @@ class Library:
     """Keeps values in row-major order, or not, and metadata in an order of its own, as the real one does."""
 
     def __init__(self, wrong=""):
-        self.wrong, self.searched, self.used, self.capturing = wrong, 0, [], False
+        self.wrong, self.searched, self.used = wrong, 0, []
 
     def compress(self, dense):
         kept = dense != 0
@@ -48,6 +52,10 @@ class Library:
         return (17, 1, -1, 40)
 
 
+def on_cpu(products):
+    return list(search_module.found_here(products, "cpu")), ""
+
+
 @pytest.fixture
 def library(monkeypatch, tmp_path, request):
     monkeypatch.setenv("SPARSELEARN_CACHE", str(tmp_path))
@@ -55,7 +63,7 @@ def library(monkeypatch, tmp_path, request):
     made = Library(getattr(request, "param", ""))
     monkeypatch.setattr(torch, "_cslt_compress", made.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", made.multiply)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
+    monkeypatch.setattr(search_module, "_in_a_process", on_cpu)
     monkeypatch.setattr(torch._C._cusparselt, "mm_search", made.search, raising=False)
     return made
 
@@ -73,24 +81,28 @@ def test_new_values_go_before_the_librarys_metadata(library):
     assert cslt.self_test(torch.device("cpu"), torch.float16) == ""
 
 
-def test_algorithms_are_searched_once_for_each_bucket_and_kept(library, tmp_path):
+def of(tokens, dtype="bfloat16"):
+    return Product(32, 64, dtype, tokens)
+
+
+def test_algorithms_are_searched_once_for_each_bucket_and_kept(library):
     values, places, _, _ = packed(dtype=torch.bfloat16)
     blob = cslt.blob(values, cslt.metadata(values, places))
-    for tokens in (20, 32, 30):
-        cslt.product(torch.randn(tokens, 64).bfloat16(), blob)
-    assert library.searched == 1
-    assert set(library.used) == {(17, 1, -1)}
-    cslt.product(torch.randn(33, 64).bfloat16(), blob)
+    x = torch.randn(30, 64).bfloat16()
+    cslt.product(x, blob)
+    assert (library.searched, library.used) == (0, [DEFAULT])  # a product does not search by itself
+    search([of(20), of(32), of(30), of(33)])
     assert library.searched == 2
+    cslt.product(x, blob)
+    assert library.used[-1] == (17, 1, -1)
     crossover.table().save()
     crossover._tables.clear()
-    cslt.product(torch.randn(20, 64).bfloat16(), blob)
+    search([of(20)])
     assert library.searched == 2
+    cslt.product(x, blob)
     assert library.used[-1] == (17, 1, -1)
-    library.capturing = True  # a search cannot be part of a CUDA graph
     cslt.product(torch.randn(99, 64).bfloat16(), blob)
-    assert library.searched == 2
-    assert library.used[-1] == cslt.DEFAULT
+    assert library.used[-1] == DEFAULT
 
 
 @pytest.mark.parametrize("library", ["algorithm"], indirect=True)
@@ -98,9 +110,36 @@ def test_an_algorithm_that_does_not_take_other_tokens_is_given_up(library):
     values, places, x, _ = packed(dtype=torch.float16)
     blob = cslt.blob(values, cslt.metadata(values, places))
     expected = reference.linear(x.float(), values.float(), places)
+    crossover.table().blocks[of(16, "float16").key] = (17, 1, -1)
     torch.testing.assert_close(cslt.product(x, blob).float(), expected, rtol=1e-2, atol=1e-2)
     cslt.product(x, blob)
-    assert library.used == [(17, 1, -1), (0, 1, -1), (0, 1, -1)]
+    assert library.used == [(17, 1, -1), DEFAULT, DEFAULT]
+
+
+@pytest.mark.parametrize("library", ["metadata"], indirect=True)
+def test_an_algorithm_that_is_wrong_is_not_taken(library):
+    search([of(16)])
+    assert library.searched == 1
+    assert known(of(16)) == DEFAULT
+
+
+def test_a_search_that_dies_costs_one_product(library, monkeypatch):
+    """As with cuSPARSELt on an H100, whose search in float16 makes the GPU unusable to its process."""
+
+    def dies(products):
+        before = list(itertools.takewhile(lambda product: product.dtype == "bfloat16", products))
+        return on_cpu(before)[0], "RuntimeError: an illegal instruction was encountered"
+
+    monkeypatch.setattr(search_module, "_in_a_process", dies)
+    with pytest.warns(UserWarning, match=r"stopped at .*float16.*default algorithm is used.*illegal instruction"):
+        search([of(16), of(32, "float16"), of(64)])
+    assert [known(p) for p in (of(16), of(32, "float16"), of(64))] == [(17, 1, -1), DEFAULT, (17, 1, -1)]
+
+
+def test_a_process_without_a_gpu_finds_nothing():
+    found, error = search_module._in_a_process([of(16)])
+    assert found == []
+    assert error
 
 
 @pytest.mark.parametrize("library", ["metadata", "values"], indirect=True)

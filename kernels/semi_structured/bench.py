@@ -20,7 +20,8 @@ from sparselearn.kernels import crossover
 from sparselearn.kernels.crossover import Case
 from sparselearn.kernels.grouped_fan_in.bench import facts
 from sparselearn.kernels.semi_structured import cslt, ops, reference
-from sparselearn.kernels.semi_structured.measure import copied, measured_seconds
+from sparselearn.kernels.semi_structured.measure import copied, measured_seconds, products
+from sparselearn.kernels.semi_structured.search import DEFAULT, search
 from sparselearn.kernels.timing import Calls, graph_seconds
 
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (3072, 768), (1024, 4096))
@@ -51,7 +52,7 @@ def default_algorithm(case: Case) -> float:
     x = torch.randn(case.tokens, case.inputs, device="cuda", dtype=torch.bfloat16)
     values, places = ops.pack(weight)
     packed = copied((cslt.blob(values, cslt.metadata(values, places)),))
-    return graph_seconds([partial(cslt.product, x, blob, None, cslt.DEFAULT) for (blob,) in packed])
+    return graph_seconds([partial(cslt.product, x, blob, None, DEFAULT) for (blob,) in packed])
 
 
 def packing(neurons: int, inputs: int) -> dict[str, float]:
@@ -85,6 +86,7 @@ def main() -> None:
                 print(*row, flush=True)
             file.flush()
 
+        search([product for _, case in cases() if case.pattern == "2:4" for product in products(case)])
         for neurons, inputs in LAYERS[:2]:
             write("pack", [neurons, inputs, "2:4", "", "bfloat16"], packing(neurons, inputs), "torch tile")
         for section, case in cases():

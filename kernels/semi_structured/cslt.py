@@ -9,7 +9,6 @@ against ours, and a product against the dense one (`trusted`), before anything i
 
 import warnings
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,11 @@ from torch import Tensor
 from sparselearn.errors import SparsityError
 from sparselearn.kernels import crossover
 from sparselearn.kernels.semi_structured import reference
+from sparselearn.kernels.semi_structured.search import DEFAULT, Algorithm, Product, known
 
 FLOATS = (torch.bfloat16, torch.float16)
 MULTIPLE = 32  # of neurons and of inputs
 TOKENS = 16  # the library's shapes; others are padded
-
-Algorithm = tuple[int, int, int]  # alg_id, split_k, split_k_mode
-DEFAULT: Algorithm = (0, 1, -1)
 
 
 def fits(neurons: int, inputs: int, dtype: torch.dtype) -> bool:
@@ -61,13 +58,14 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, algorithm: Al
     """x [T, I] · Wᵀ + bias -> [T, N], by the algorithm found best for so many tokens (see `search`)."""
     tokens = len(x)
     x = F.pad(x, (0, 0, 0, -tokens % TOKENS)).contiguous()
-    known = algorithm or _algorithm(x, packed)
+    case = Product(len(packed), x.shape[1], str(x.dtype).removeprefix("torch."), len(x))
+    found = algorithm or known(case)
     try:
-        y = _multiply(x, packed, bias, known)
+        y = _multiply(x, packed, bias, found)
     except RuntimeError:  # found for another number of tokens of this bucket
-        if known == DEFAULT:
+        if found == DEFAULT:
             raise
-        crossover.table().blocks[tuning_key(x, packed)] = DEFAULT
+        crossover.table().blocks[case.key] = DEFAULT
         y = _multiply(x, packed, bias, DEFAULT)
     return y[:tokens]
 
@@ -77,28 +75,6 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, algorithm: Algorit
     return torch._cslt_sparse_mm(
         packed, x.T, bias=bias, transpose_result=True, alg_id=number, split_k=split, split_k_mode=mode
     )
-
-
-def tuning_key(x: Tensor, packed: Tensor) -> tuple[object, ...]:
-    dtype = str(x.dtype).removeprefix("torch.")
-    return ("sp24_gemm", len(packed), x.shape[1], dtype, crossover.bucket(len(x)))
-
-
-def search(x: Tensor, packed: Tensor) -> Algorithm:
-    """The library's fastest algorithm for a product, found by timing them all, and kept for this number of tokens."""
-    x = F.pad(x, (0, 0, 0, -len(x) % TOKENS)).contiguous()
-    binding: Any = getattr(torch._C, "_cusparselt")  # noqa: B009  # not in torch's stubs
-    found = binding.mm_search(packed, x.T, None, None, None, True)[:3]
-    algorithm: Algorithm = (int(found[0]), int(found[1]), int(found[2]))
-    crossover.table().blocks[tuning_key(x, packed)] = algorithm
-    return algorithm
-
-
-def _algorithm(x: Tensor, packed: Tensor) -> Algorithm:
-    known = crossover.table().blocks.get(tuning_key(x, packed))
-    if known is not None:
-        return known[0], known[1], known[2]
-    return DEFAULT if torch.cuda.is_current_stream_capturing() else search(x, packed)
 
 
 @cache

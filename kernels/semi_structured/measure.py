@@ -10,6 +10,7 @@ from torch import Tensor
 from sparselearn.kernels import crossover
 from sparselearn.kernels.crossover import Case
 from sparselearn.kernels.semi_structured import cslt, fragments, ops, reference
+from sparselearn.kernels.semi_structured.search import Product, search
 from sparselearn.kernels.timing import Calls, Timer, copies, graph_seconds
 
 Packed = tuple[Tensor, Tensor]
@@ -40,10 +41,16 @@ def measured_seconds(case: Case, timer: Timer = graph_seconds, device: str = "cu
             calls["decode"] = [partial(torch.ops.sparselearn.sp24_decode, x, k, p, None) for k, p in pieces]
         if cslt.fits(case.neurons, case.inputs, dtype) and cslt.trusted(x.device, dtype):
             blobs = [cslt.blob(v, cslt.metadata(v, p)) for v, p in sets]
-            cslt.search(x, blobs[0])
+            search(products(case))
             calls["gemm"] = [partial(torch.ops.sparselearn.sp24_gemm, x, blob, None) for blob in blobs]
     with torch.no_grad():
         return {way: timer(work) for way, work in calls.items()}
+
+
+def products(case: Case) -> list[Product]:
+    """cuSPARSELt's products in a case; a training step multiplies by the transpose, too."""
+    forward = Product(case.neurons, case.inputs, case.dtype, case.tokens)
+    return [forward, forward._replace(neurons=case.inputs, inputs=case.neurons)] if case.training else [forward]
 
 
 def copied(tensors: tuple[Tensor, ...], most: int = 48) -> list[tuple[Tensor, ...]]:
@@ -56,6 +63,7 @@ def _training_seconds(case: Case, x: Tensor, weight: Tensor, timer: Timer) -> di
     x.requires_grad_()
     calls: dict[str, Calls] = {"dense": [partial(both, F.linear, x, grad, weight.clone().requires_grad_())]}
     if case.pattern == "2:4" and cslt.fits(case.neurons, case.inputs, x.dtype) and cslt.trusted(x.device, x.dtype):
+        search(products(case))
         values, places, values_t, places_t = ops.pack_transposable(weight)
         product = partial(trained, places, cslt.metadata(values, places), places_t, cslt.metadata(values_t, places_t))
         calls["gemm"] = [partial(both, product, x, grad, values.requires_grad_())]
