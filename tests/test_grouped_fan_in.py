@@ -146,7 +146,8 @@ KERNELS = {  # kernel -> types of its pointers (* is the dtype), constants, stri
     "weight_gradient_kernel": (["*", "*", "i16", "*"], GRADIENT, ("x_token", "grad_neuron")),
     "partial_kernel": (["*", "*", "*"], SHAPES, ("grad_neuron",)),
     "collect_kernel": (["*", "i32", "i32", "*"], {"BI": 16, "BT": 128, "WIDE": True}, ("out_input",)),
-    "densify_kernel": (["*", "i16", "*"], {"V": 16, "BK": 128, "NARROW": True}, ()),
+    "places_kernel": (["i16", "i16"], {"BK": 512, "NARROW": True}, ()),
+    "densify_kernel": (["*", "i16", "*"], {"V": 16, "ROWS": 8, "BI": 512}, ()),
     "feature_major_kernel": (["*", "*"], {"BT": 64, "BI": 64}, ("x_input",)),
     "few_tokens_kernel": (["*", "*", "i16", "*", "*"], FEW, ("x_token",)),
     "sampled_gradient_kernel": (

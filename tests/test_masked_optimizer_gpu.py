@@ -96,12 +96,14 @@ def test_a_step_is_torch_s_step_with_masking(name, dtype, options, clean):
         before = [grad.clone() for grad in grads]
         masked_optimizer.step(a, chosen)
         b.step()
+        # torch's fused Adam rounds β2 to float32 before it takes 1 - β2; its other forms, and ours, do not.
+        slack = 2**-25 / (1 - a.defaults["betas"][1]) if options == {"fused": True} and "betas" in a.defaults else 0
         for p, q, mask in zip(made, theirs, masks, strict=True):
             tensors = [(p.data, q.data), *((slots(a, p)[key], slot) for key, slot in slots(b, q).items())]
             for actual, expected in tensors:
                 masked = actual.shape == mask.shape
                 expected = (expected.masked_fill(~mask, 0) if masked else expected).double()
-                limit = 1.01 * torch.finfo(actual.dtype).eps * expected.abs() + 2e-7 * expected.abs().max()
+                limit = (1.01 * torch.finfo(actual.dtype).eps + slack) * expected.abs() + 2e-7 * expected.abs().max()
                 limit += torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
                 assert ((actual.double() - expected).abs() <= limit).all(), (name, step, p.shape)
                 assert not masked or not actual[~mask].any()

@@ -97,8 +97,9 @@ def check_rest():
         assert torch.equal(copy, x)
         assert copy.stride() == (1, -(-tokens // 16) * 16)
         assert (copy.mT.as_strided((inputs, copy.stride(1)), (copy.stride(1), 1))[:, tokens:] == 0).all()
-    _, values, _, indices = case(2, 40, 3, 8, 7, torch.float32)
-    assert torch.equal(launch.densify(values, indices, 40), reference.dense(values, indices, 40))
+    for inputs, groups, group, fan_in in [(40, 3, 8, 7), (1100, 2, 16, 700), (5, 2, 128, 5)]:  # also several blocks
+        _, values, _, indices = case(2, inputs, groups, group, fan_in, torch.float32)
+        assert torch.equal(launch.densify(values, indices, inputs), reference.dense(values, indices, inputs))
     launch.PARTIAL_BYTES = 0  # in portions of 128 tokens
     _, values, grad, indices = case(300, 40, 3, 16, 7, torch.float32)
     out = activations(grad, 40, False)

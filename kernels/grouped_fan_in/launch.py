@@ -181,10 +181,14 @@ def _weight_gradient(
 def densify(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
     """The dense weight [N, I]."""
     groups, group, fan_in = values.shape
-    out = torch.zeros((groups * group, in_features), dtype=values.dtype, device=values.device)
-    block = max(16, 4096 // group)
-    kernels.densify_kernel[(groups, triton.cdiv(fan_in, block))](
-        values, indices, out, fan_in, in_features, V=group, BK=block, NARROW=indices.itemsize == 2
+    dtype = torch.int16 if fan_in <= 2**15 else torch.int32
+    places = torch.full((groups, in_features), -1, dtype=dtype, device=values.device)
+    kernels.places_kernel[(groups, triton.cdiv(fan_in, 512))](
+        indices, places, fan_in, in_features, BK=512, NARROW=indices.itemsize == 2
+    )
+    out = torch.empty((groups * group, in_features), dtype=values.dtype, device=values.device)
+    kernels.densify_kernel[(groups * group // 8, triton.cdiv(in_features, 512))](
+        values, places, out, fan_in, in_features, V=group, ROWS=8, BI=512
     )
     return out
 

@@ -188,17 +188,28 @@ def collect_kernel(
 
 
 @triton.jit
-def densify_kernel(
-    values_ptr, indices_ptr, out_ptr, fan_in, inputs, V: tl.constexpr, BK: tl.constexpr, NARROW: tl.constexpr
-):
-    """out[g·V + v, indices[g, k]] = values[g, v, k]; the other places are zero already."""
+def places_kernel(indices_ptr, places_ptr, fan_in, inputs, BK: tl.constexpr, NARROW: tl.constexpr):
+    """places[g, indices[g, k]] = k; the other places are -1 already."""
     g = tl.program_id(0)
     rk = tl.program_id(1) * BK + tl.arange(0, BK)
     km = rk < fan_in
-    n = g.to(tl.int64) * V + tl.arange(0, V)
     ix = load_indices(indices_ptr, g * fan_in + rk, km, NARROW, True)
-    w = tl.load(values_ptr + n[:, None] * fan_in + rk[None, :], mask=km[None, :], other=0.0)
-    tl.store(out_ptr + n[:, None] * inputs + ix[None, :], w.to(out_ptr.dtype.element_ty), mask=km[None, :])
+    tl.store(places_ptr + g.to(tl.int64) * inputs + ix, rk.to(places_ptr.dtype.element_ty), mask=km)
+
+
+@triton.jit
+def densify_kernel(
+    values_ptr, places_ptr, out_ptr, fan_in, inputs, V: tl.constexpr, ROWS: tl.constexpr, BI: tl.constexpr
+):
+    """out[g·V + v, i] = values[g, v, places[g, i]], zero where that is -1. One program: ROWS neurons of one group, BI
+    inputs, so that every number of `out` is written once, beside its neighbours."""
+    g = tl.program_id(0) * ROWS // V
+    n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    ri = tl.program_id(1) * BI + tl.arange(0, BI)
+    im = ri < inputs
+    k = tl.load(places_ptr + g.to(tl.int64) * inputs + ri, mask=im, other=-1).to(tl.int32)[None, :]
+    w = tl.load(values_ptr + n * fan_in + k, mask=k >= 0, other=0.0)
+    tl.store(out_ptr + n * inputs + ri[None, :], w, mask=im[None, :])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from sparselearn.kernels.masked_optimizer.reference import Rule
 from sparselearn.kernels.masked_optimizer.triton_kernels import step_kernel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 512, 4
 
 
 class Item(NamedTuple):
