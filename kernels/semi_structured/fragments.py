@@ -22,13 +22,21 @@ def fits(neurons: int, inputs: int, dtype: torch.dtype) -> bool:
 def fragments(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Packed 2:4 values [N, I/2] and places [N, I/8] -> int32 [R, S, 32 lanes, 4] and [R, C, 32 lanes, 4].
 
-    The first has two values a number: register h·2 + u of a lane holds inputs h·16 + c·4 .. + 3 of row g + 8·u of a
-    step. The second has the places of 16 inputs of row g (low half) and row g + 8: register p of lane g·4 + s·2 + c
-    those of inputs p·64 + s·32 + c·16 .. + 15 of a chunk, s being the instruction's selector.
+    The first has two values a number: register h·2 + u of a lane holds the kept inputs of the instruction's group
+    q = h·4 + c, row g + 8·u of a step. The second has the places of 4 groups of row g (low half) and row g + 8:
+    register p of lane g·4 + s·2 + c those of groups 4·c .. 4·c + 3 of step p·2 + s of a chunk, s being the
+    instruction's selector.
+
+    Group q of the instruction is group (q % 2)·4 + q // 2 of a step's 8 groups of 4 inputs: so a lane finds what it
+    needs of x in 16 bytes of its own and 16 of its neighbour.
     """
     blocks, inputs = len(values) // ROWS, values.shape[1] * 2
-    pairs = values.contiguous().view(torch.int32).view(blocks, 2, 8, inputs // 32, 2, 4)  # R u g S h c
+    pairs = values.contiguous().view(torch.int32).view(blocks, 2, 8, inputs // 32, 2, 4)  # R u g S, group of x
+    pairs = pairs.transpose(4, 5).reshape(blocks, 2, 8, inputs // 32, 2, 4)  # R u g S h c
     kept = pairs.permute(0, 3, 2, 5, 4, 1).reshape(blocks, inputs // 32, 32, 4)
-    sixteen = places.contiguous().view(torch.int16).int().view(blocks, 2, 8, inputs // CHUNK, 4, 2, 2)  # R u g C p s c
-    joined = sixteen[:, 0] & 0xFFFF | sixteen[:, 1] << 16
+    halves = torch.stack([places & 15, places >> 4], -1).int()  # 4 bits for each group
+    halves = halves.view(blocks, 2, 8, inputs // 32, 2, 4).transpose(4, 5).reshape(-1, 4)
+    shifts = torch.arange(0, 16, 4, device=places.device)
+    sixteen = (halves << shifts).sum(1, dtype=torch.int32).view(blocks, 2, 8, inputs // CHUNK, 4, 2, 2)  # R u g C p s c
+    joined = sixteen[:, 0] | sixteen[:, 1] << 16
     return kept, joined.permute(0, 2, 1, 4, 5, 3).reshape(blocks, inputs // CHUNK, 32, 4)

@@ -1,8 +1,8 @@
 """A product with 2:4 weights for few tokens on sparse tensor cores: `mma.sp`, which Triton itself does not emit.
 
 Gluon fixes which thread holds which number, so that `inline_asm_elementwise` over four registers is one instruction of
-a warp. `fragments.py` says what lies where. sm_80 and later; the weight is read once, in pieces of 16 bytes. Inputs are
-read as the model holds them, by pointers to the words of each lane; the L1 cache takes the place of a permuted copy.
+a warp. `fragments.py` says what lies where. sm_80 and later; the weight is read once. Weight and inputs are read in
+pieces of 16 bytes, the inputs as the model holds them: neighbouring lanes exchange what belongs to the other.
 
 Legend: R blocks of 16 neurons; BW warps, which share the inputs; BR blocks and BT groups of 8 tokens of one program.
 """
@@ -15,6 +15,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 OPERANDS = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r")
+
+# Of the words that an even lane (0 .. 3) and the next (4 .. 7) hold, the even lane gets 0, 2, 4, 6, the other the rest.
+EXCHANGE = gl.constexpr(
+    "{ .reg .pred odd; .reg .b32 lane, give0, give1, keep0, keep1; "
+    "mov.u32 lane, %laneid; and.b32 lane, lane, 1; setp.ne.u32 odd, lane, 0; "
+    "selp.b32 give0, $4, $5, odd; selp.b32 give1, $6, $7, odd; "
+    "selp.b32 keep0, $5, $4, odd; selp.b32 keep1, $7, $6, odd; "
+    "shfl.sync.bfly.b32 give0, give0, 1, 31, -1; shfl.sync.bfly.b32 give1, give1, 1, 31, -1; "
+    "selp.b32 $0, give0, keep0, odd; selp.b32 $1, give1, keep1, odd; "
+    "selp.b32 $2, keep0, give0, odd; selp.b32 $3, keep1, give1, odd; }"
+)
 
 
 def instructions(dtype: torch.dtype) -> tuple[str, ...]:
@@ -61,7 +72,7 @@ def decode_kernel(
     chunks = inputs // 256
     kept_at = kept_ptr + (rows * chunks + warp).to(gl.int64) * 1024 + place
     places_at = places_ptr + (rows * chunks + warp) * 128 + place
-    x_at = x_ptr + token * (inputs // 2) + warp * 128 + register * 4 + lane % 4
+    x_at = x_ptr + token * (inputs // 2) + warp * 128 + place % 16
     inside = token < tokens
     acc = gl.zeros([BW, BR, BT, 128], gl.float32, layout=layout)
     for _ in range(0, chunks // BW):
@@ -71,6 +82,7 @@ def decode_kernel(
              gl.load(kept_at + 896))  # fmt: skip
         for s in gl.static_range(8):
             b = gl.load(x_at + s * 16, mask=inside, other=0)
+            b = gl.inline_asm_elementwise(EXCHANGE, "=&r,=&r,=&r,=&r,r,r,r,r", [b], gl.int32, True, 4)
             acc = gl.inline_asm_elementwise(STEPS[s], OPERANDS, [a[s], b, acc, e], gl.float32, True, 4)
         kept_at += BW * 1024
         places_at += BW * 128

@@ -132,7 +132,7 @@ class DecodeBlocks(NamedTuple):
     warps: int
 
 
-_DECODE = ((1, 8), (1, 4), (1, 16), (1, 2), (2, 4), (2, 2), (2, 8), (4, 2), (1, 1))
+_DECODE = ((1, 8), (1, 4), (1, 16), (2, 4), (2, 8), (4, 4), (4, 8), (2, 2), (4, 2), (1, 2), (1, 1))
 DECODE = tuple(DecodeBlocks(*pair) for pair in _DECODE)
 
 
@@ -160,7 +160,7 @@ def decode(
         blocks = decode_candidates(kept)[0] if measured is None else DecodeBlocks(*measured)
     x = x.contiguous()
     gluon_kernels.decode_kernel[(kept.shape[0] // blocks.blocks,)](
-        kept, places, (x.clone() if x.data_ptr() % 4 else x).view(torch.int32), bias, out,
+        kept, places, (x.clone() if x.data_ptr() % 16 else x).view(torch.int32), bias, out,
         tokens, neurons, x.shape[1],
         BR=blocks.blocks, BT=triton.next_power_of_2(triton.cdiv(tokens, 8)), BW=blocks.warps,
         STEPS=gluon_kernels.instructions(x.dtype), HAS_BIAS=bias is not None, num_warps=blocks.warps,
