@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from sparselearn.recipes import table
@@ -95,7 +96,7 @@ def draw(panels: Sequence[Curves], title: str, path: Path) -> None:
                 _lines(ax, curves)
             if place == 0 and len(curves.lines) > 1:
                 ax.legend(fontsize=8)
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(fill(title, 75), x=0.01, ha="left", fontweight="bold")
         figure.savefig(path, dpi=100, metadata={DIGEST: digest})
 
 
