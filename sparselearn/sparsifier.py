@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from sparselearn import distributed, latent, scaling, statistics
+from sparselearn import distributed, fused_update, latent, scaling, statistics
 from sparselearn.criteria import Criterion, Layer, Tracker
 from sparselearn.distributions import Distribution, erk
 from sparselearn.errors import SparsityError
@@ -354,17 +354,17 @@ class Sparsifier(MaskedModel):
             for tracker in self.trackers:
                 if hasattr(tracker, "observe"):  # each rank has seen its own part of the batch
                     layer.memory[tracker.key] = distributed.mean(layer.memory[tracker.key])
-        flow = statistics.gradient_norm(grads, {n: s for n, (_, s) in layers.items()})
         reset = method.optimizer_state == "reset" and sum(nnz.values()) > sum(s.nnz for _, s in layers.values())
+        slots = {n: self._slots(optimizer, w) for n, (w, _) in layers.items()}
+        done = fused_update.update(method, layers, grads, slots, nnz)
+        rest = {n: s for n, (_, s) in layers.items() if n not in done.names}
+        flow = statistics.gradient_norm({n: grads[n] for n in rest if n in grads}, rest, done.squares)
         counts: list[Tensor] = []  # per layer: grown now, grown before, survivors of these
         # With a ranking over all layers their views are needed at once; otherwise one at a time, which for sharded
         # weights bounds the memory.
-        together = [list(layers)] if method.reallocate is not None else [[n] for n in layers]
+        together = [list(rest)] if method.reallocate is not None else [[n] for n in rest]
         for names in together:
-            views = [
-                self._view(n, layers[n][0].parameter, layers[n][1], grads.get(n), self._slots(optimizer, layers[n][0]))
-                for n in names
-            ]
+            views = [self._view(n, layers[n][0].parameter, rest[n], grads.get(n), slots[n]) for n in names]
             masks = method.new_masks(views, [nnz[n] for n in names], fixed=self._budget.overrides)
             for view, (mask, kept) in zip(views, masks, strict=True):
                 mask = self._agreed(mask, view)
@@ -372,7 +372,8 @@ class Sparsifier(MaskedModel):
                 survivors = (earlier & mask).sum()
                 stay = kept & mask if method.reinit else view.mask & mask
                 counts.append(torch.stack([self._move([optimizer], view, mask, stay, reset), earlier.sum(), survivors]))
-        moved, before, survived = torch.stack([c.cpu() for c in counts]).sum(0).tolist()
+        seen = torch.stack([c.to(counts[0].device) for c in counts]).sum(0).tolist() if counts else [0, 0, 0]
+        moved, before, survived = seen[0] + done.grown, seen[1] + done.earlier, seen[2] + done.survivors
         total = sum(s.nnz for _, s in layers.values())
         self.last_update = {"step": step, "grown": moved, "churn": moved / total, "gradient_norm": flow}
         if before:

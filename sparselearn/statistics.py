@@ -17,13 +17,15 @@ def dead_neurons(mask: Tensor) -> int:
     return int((~mask.flatten(1).any(1)).sum())
 
 
-def gradient_norm(grads: Mapping[str, Tensor], layers: Mapping[str, LayerState]) -> float:
-    """√Σ(g⊙M)² over all layers: the gradient flow of a sparse network (arXiv 2102.01732)."""
+def gradient_norm(grads: Mapping[str, Tensor], layers: Mapping[str, LayerState], known: float = 0.0) -> float:
+    """√Σ(g⊙M)² over all layers: the gradient flow of a sparse network (arXiv 2102.01732). `known` joins the sum."""
     squares = []
     for name, grad in grads.items():
         masked = grad.masked_fill(layers[name].inactive, 0)
         squares.append(distributed.full(masked.float().square().sum()))
-    return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()) if squares else 0.0
+    if squares:
+        known += float(torch.stack([square.to(squares[0].device) for square in squares]).sum())
+    return math.sqrt(known)
 
 
 def of_masks(layers: Mapping[str, LayerState]) -> dict[str, float]:

@@ -26,7 +26,7 @@ LAYERS = [
     ["methods"],
     ["state", "distributed", "selection"],
     ["scaling", "statistics", "first_masks"],
-    ["latent"],
+    ["latent", "fused_update"],
     ["masked_model"],
     ["sparsifier"],
     ["release"],

@@ -150,21 +150,21 @@ class DropGrow:
                 )
         return budgets
 
-    def _kept(self, layer: Layer, budget: Budget, active: int) -> int:
-        """How many active weights stay."""
+    def kept(self, step: int, budget: Budget, active: int, room: int) -> int:
+        """How many of a layer's active weights stay; `room`: how many others may be active."""
         if budget.keep >= 0:
             return min(budget.keep, active, budget.nnz)
         stay = min(active, budget.nnz)
-        fraction = self.updates.fraction(layer.step) if self.updates is not None and self.grow is not None else 0.0
+        fraction = self.updates.fraction(step) if self.updates is not None and self.grow is not None else 0.0
         n_drop = part_of(fraction, stay)
         if self.exclude_dropped:  # a dense layer has nowhere else to grow
-            room = ~layer.mask if layer.support is None else ~layer.mask & layer.support
-            n_drop = min(n_drop, max(int(room.sum()) - (budget.nnz - stay), 0))
+            n_drop = min(n_drop, max(room - (budget.nnz - stay), 0))
         return stay - n_drop
 
     def _new_mask(self, layer: Layer, budget: Budget) -> tuple[Tensor, Tensor]:
         active, nnz = int(layer.mask.sum()), budget.nnz
-        n_keep = self._kept(layer, budget, active)
+        room = layer.mask.numel() - active if layer.support is None else int((~layer.mask & layer.support).sum())
+        n_keep = self.kept(layer.step, budget, active, room)
         if n_keep == active == nnz and self.ablation is None:
             return layer.mask, layer.mask
         drop_score = self.structure.pool(check_score(self.drop(layer), layer, "drop").float())
