@@ -18,7 +18,7 @@ import torch
 
 from sparselearn.kernels.select import Item, launch, reference
 
-SMALL = {"block": 64, "steps": 2, "warps": 4, "sample": 64}  # several programs for each layer
+SMALL = {"block": 128, "steps": 2, "warps": 4, "sample": 64}  # several programs for each layer
 TINY = torch.finfo(torch.float32).smallest_normal
 
 
@@ -104,7 +104,9 @@ def check_refused():
 
 def check_all():
     g = torch.Generator().manual_seed(1)
-    pairs = [*zip(KINDS, KINDS, strict=True), *zip(KINDS, KINDS[3:] + KINDS[:3], strict=True)]
+    pairs = [*zip(KINDS, KINDS[3:] + KINDS[:3], strict=True)]
+    if DEVICE == "cuda":  # twice as many would take the interpreter a minute
+        pairs += zip(KINDS, KINDS, strict=True)
     for i, (w_kind, g_kind) in enumerate(pairs):
         if "--quick" in sys.argv and i % 10:
             continue
