@@ -26,6 +26,7 @@ from sparselearn.kernels.timing import Calls, graph_seconds
 
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (3072, 768), (1024, 4096))
 PATTERNS = ("1:4", "2:8", "1:8", "2:16", "1:16")
+SECTIONS = ("pack", "decode", "gemm", "gemv", "training")
 FIELDS = ("section", "neurons", "inputs", "pattern", "tokens", "dtype", "method", "us", "speedup")
 
 
@@ -73,7 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the table (.csv)")
     parser.add_argument("--seconds", type=float, default=300, help="start nothing after this time (%(default)s)")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="which (all)")
     options = parser.parse_args()
+    wanted = [(section, case) for section, case in cases() if section in options.sections]
     end, known = time.monotonic() + options.seconds, facts()
     with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -86,10 +89,10 @@ def main() -> None:
                 print(*row, flush=True)
             file.flush()
 
-        search([product for _, case in cases() if case.pattern == "2:4" for product in products(case)])
-        for neurons, inputs in LAYERS[:2]:
+        search([product for _, case in wanted if case.pattern == "2:4" for product in products(case)])
+        for neurons, inputs in LAYERS[:2] if "pack" in options.sections else ():
             write("pack", [neurons, inputs, "2:4", "", "bfloat16"], packing(neurons, inputs), "torch tile")
-        for section, case in cases():
+        for section, case in wanted:
             if time.monotonic() > end:
                 print(f"stopped before {section} {case}: the time is up")
                 break
