@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from select_runs import METHODS, OPTIMIZERS, Run, assert_equal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparselearn as sl
 from sparselearn import SparsityError
@@ -67,6 +68,33 @@ def test_what_does_not_fit_goes_the_usual_way(taken, monkeypatch):
     for _ in range(30):
         theirs.step()
     assert_equal(ours, theirs)
+
+
+class Count(TorchDispatchMode):
+    """How many operations torch is asked for."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_update_at_once_costs_the_host_little(monkeypatch):
+    run = Run(METHODS["rigl"](), OPTIMIZERS["momentum"])
+    for _ in range(4):
+        run.step()
+    run.backward()
+    run.sparsifier.before_step(run.optimizer.base)
+    layers = run.sparsifier.layers_of(run.optimizer.base)
+    grads = {name: weight.parameter.grad for name, (weight, _) in layers.items()}
+    same = [select.Masks(s.mask, s.inactive, s.memory["grown"], s.memory["fired"]) for _, s in layers.values()]
+    done = select.Updated(same, [s.nnz for _, s in layers.values()], 0, 0, 0, 0.0)
+    monkeypatch.setattr(select, "fits", lambda item: True)
+    monkeypatch.setattr(select, "_at_once", lambda *arguments: done)
+    with Count() as count:
+        run.sparsifier._update(run.optimizer.base, layers, grads)
+    assert count.number <= Run.layers  # without the kernels' own; layer by layer it is 70 for each
 
 
 def test_each_kind_of_layers_is_one_call(taken, monkeypatch):
