@@ -174,6 +174,40 @@ def test_load_dense(tmp_path):
     assert other[0].weight is weight  # an optimizer's reference stays good
 
 
+def test_ordinary_weights_are_written_in_place_and_others_through_torch(tmp_path):
+    torch.manual_seed(0)
+    state = {"weight": torch.randn(6, 4, 3, 3), "bias": torch.randn(6)}
+    mask = torch.rand(6, 4, 3, 3) < 0.5
+    state["weight"].masked_fill_(~mask, 0)
+    save(state, tmp_path, masks={"weight": mask})
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layer = nn.Conv2d(4, 6, 3).to(memory_format=memory_format)
+        place, version = layer.weight.data_ptr(), layer.weight._version
+        load(tmp_path, layer)
+        assert equal(layer.state_dict(), state)
+        assert layer.weight.data_ptr() == place
+        assert layer.weight.is_contiguous(memory_format=memory_format)
+        assert layer.weight._version > version  # autograd notices that it was written
+
+
+def test_load_state_dict_hooks_see_the_weights(tmp_path):
+    model, other, seen = network(), network(1), {}
+    save(model, tmp_path)
+    other.register_load_state_dict_pre_hook(lambda module, state, *rest: seen.update(state))
+    load(tmp_path, other)
+    assert equal(seen, model.state_dict())
+
+
+def test_weights_that_the_model_ties_but_the_checkpoint_does_not_are_loaded_in_order(tmp_path):
+    torch.manual_seed(0)
+    first, second = nn.Linear(300, 300, bias=False), nn.Linear(300, 300, bias=False)
+    save(nn.Sequential(first, second), tmp_path)
+    tied = nn.Sequential(nn.Linear(300, 300, bias=False), nn.Linear(300, 300, bias=False))
+    tied[1].weight = tied[0].weight
+    load(tmp_path, tied)
+    assert torch.equal(tied[0].weight, second.weight)
+
+
 @pytest.mark.parametrize("method", [None, sr_ste(NM(2, 4), every=2)], ids=["rigl", "sr-ste"])
 def test_training_goes_on_from_masks_and_weights(tmp_path, method):
     options = {} if method is None else {"sparsity": None}

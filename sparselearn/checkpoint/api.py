@@ -1,9 +1,10 @@
 """Load, inspect and verify sparse checkpoints."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -42,52 +43,64 @@ def _all(info: WeightInfo) -> bool:
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """One weight as stored, after all checks."""
+class _Stored:
+    """One weight as it lies in the file."""
 
     info: WeightInfo
-    stored: Tensor
-    kept: encodings.Array
-    flat: encodings.Mask | None
+    tensors: Mapping[str, Tensor]  # mapped, not read
 
-    def dense(self) -> tuple[WeightInfo, Tensor, Tensor | None]:
-        """Entry, dense tensor and mask."""
-        info, flat = self.info, self.flat
-        if flat is None or info.encoding == "dense":
-            tensor = self.stored
+    def array(self, key: str) -> encodings.Array:
+        tensor = self.tensors[key]
+        return files.bits_of(tensor).reshape(tensor.shape)
+
+    @property
+    def values(self) -> encodings.Array:
+        return self.array(self.info.values_key).reshape(-1)
+
+    def mask(self) -> encodings.Mask | None:
+        """Flat; decoded anew at each call."""
+        info = self.info
+        if not info.masked:
+            return None
+        parts = {part: self.array(info.key(part)) for part in info.layout.parts(info.shape, info.nnz)}
+        return info.layout.decode(parts, info.shape, info.nnz)
+
+    def write(self, mask: encodings.Mask | None, out: Tensor) -> None:
+        """The dense weight into a contiguous CPU tensor."""
+        if mask is None or self.info.encoding == "dense":
+            files.bits_of(out)[:] = self.values
         else:
-            tensor = _tensor(encodings.scatter(self.kept, flat), info.dtype, info.shape)
-        return info, tensor, None if flat is None else _tensor(flat, torch.bool, info.shape)
+            encodings.scatter(self.values, mask, files.bits_of(out))
 
 
-def _read(path: Path, want: Callable[[WeightInfo], bool], then: Callable[[_Checked], T]) -> Iterator[T]:
-    """What `then` makes of the wanted weights, every byte of which has been checked."""
+Then = Callable[[_Stored, encodings.Mask | None], T]
+
+
+def _read(path: Path, want: Callable[[WeightInfo], bool], then: Then[T]) -> Iterator[T]:
+    """What `then` makes of the wanted weights and their masks, every byte of which has been checked."""
     manifest = files.read_manifest(path)
     reader = files.Reader(path, manifest)
 
-    def check(item: tuple[WeightInfo, Mapping[str, Tensor]]) -> T:
-        info, tensors = item
+    def check(stored: _Stored) -> T:
         try:
-            checked = _check(info, tensors)
+            mask = _checked_mask(stored)
         except SparsityError as error:
             raise SparsityError(
-                f"`{info.name}` of `{path}` is damaged: {error}. Take another copy of the checkpoint."
+                f"`{stored.info.name}` of `{path}` is damaged: {error}. Take another copy of the checkpoint."
             ) from None
-        return then(checked)
+        return then(stored, mask)
 
-    yield from in_order(check, ((info, reader.read(info)) for info in manifest.weights if want(info)))
+    yield from in_order(check, (_Stored(info, reader.read(info)) for info in manifest.weights if want(info)))
 
 
-def _check(info: WeightInfo, tensors: Mapping[str, Tensor]) -> _Checked:
-    arrays = {key: files.bits_of(tensor).reshape(tensor.shape) for key, tensor in tensors.items()}
-    values = arrays[info.values_key].reshape(-1)
+def _checked_mask(stored: _Stored) -> encodings.Mask | None:
+    """The mask, flat, of a weight all of whose bytes are right."""
+    info, values = stored.info, stored.values
     if info.dtype == torch.bool and bool((values > 1).any()):
         raise SparsityError("its bools must be 0 or 1; some are not")
-    mask = None
+    mask = stored.mask()
     kept = values
-    if info.masked:
-        parts = {part: arrays[info.key(part)] for part in info.layout.parts(info.shape, info.nnz)}
-        mask = info.layout.decode(parts, info.shape, info.nnz)
+    if mask is not None:
         if (nnz := int(np.count_nonzero(mask))) != info.nnz:
             raise SparsityError(f"its mask must have {info.nnz} active weights; it has {nnz}")
         if hash_of(encodings.pack(mask)) != info.mask_hash:
@@ -98,13 +111,24 @@ def _check(info: WeightInfo, tensors: Mapping[str, Tensor]) -> _Checked:
                 raise SparsityError("it has weights outside of its mask that are not +0")
     if hash_of(kept) != info.values_hash:
         raise SparsityError("its values are not those that were saved")
-    return _Checked(info, tensors[info.values_key], kept, mask)
+    return mask
 
 
-def _tensor(array: encodings.Array | encodings.Mask, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not array.size:  # torch gives empty arrays a stride of 0, and then refuses to view them
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(array).view(dtype).view(shape)
+def _dense(stored: _Stored, mask: encodings.Mask | None) -> tuple[WeightInfo, Tensor, Tensor | None]:
+    """Entry, dense tensor and mask."""
+    info = stored.info
+    if mask is None or info.encoding == "dense":
+        tensor = stored.tensors[info.values_key]
+    else:
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        stored.write(mask, tensor)
+    return info, tensor, None if mask is None else _tensor(mask, info.shape)
+
+
+def _tensor(mask: encodings.Mask, shape: tuple[int, ...]) -> Tensor:
+    if not mask.size:  # torch gives empty arrays a stride of 0, and then refuses to view them
+        return torch.empty(shape, dtype=torch.bool)
+    return torch.from_numpy(mask).view(shape)
 
 
 def iterate(path: str | Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -116,7 +140,7 @@ def iterate(path: str | Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     Raises:
         SparsityError: no checkpoint, or a damaged one.
     """
-    return ((info.name, tensor, mask) for info, tensor, mask in _read(Path(path), _all, _Checked.dense))
+    return ((info.name, tensor, mask) for info, tensor, mask in _read(Path(path), _all, _dense))
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -125,11 +149,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SparsityError: no checkpoint, or a damaged one.
     """
-    return {
-        name: tensor
-        for info, tensor, _ in _read(Path(path), _all, _Checked.dense)
-        for name in (info.name, *info.aliases)
-    }
+    return {name: tensor for info, tensor, _ in _read(Path(path), _all, _dense) for name in (info.name, *info.aliases)}
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -138,8 +158,8 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SparsityError: no checkpoint, or one whose masks or masked weights are damaged.
     """
-    masked = _read(Path(path), lambda info: info.masked, lambda checked: (checked.info, checked.flat))
-    return {info.name: _tensor(flat, torch.bool, info.shape) for info, flat in masked if flat is not None}
+    masked = _read(Path(path), lambda info: info.masked, lambda stored, mask: (stored.info, mask))
+    return {info.name: _tensor(mask, info.shape) for info, mask in masked if mask is not None}
 
 
 def verify(path: str | Path) -> None:
@@ -148,7 +168,7 @@ def verify(path: str | Path) -> None:
     Raises:
         SparsityError: no checkpoint, or a damaged one; names the first damaged tensor.
     """
-    deque(_read(Path(path), _all, lambda checked: None), maxlen=0)
+    deque(_read(Path(path), _all, lambda stored, mask: None), maxlen=0)
 
 
 def load(
@@ -188,9 +208,13 @@ def load(
         raise SparsityError(f"`sparsifier` goes with `as_='masked'`; got {as_!r}.")
     model, state = plain_model(into), named_tensors(into)
     _check_fit(Path(path), {name: tensor for name, (_, tensor) in state.items()})
+    stored = list(_read(Path(path), _all, lambda stored, mask: stored))
     tensors: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
-    for info, tensor, mask in _read(Path(path), _all, _Checked.dense):
+    targets = (
+        _own_memory({name: tensor for name, (_, tensor) in state.items()}) if sparsifier is None else {}
+    )  # the sparsifier has dense weights besides
+    for info, tensor, mask in in_order(partial(_placed, targets), stored):
         for name in (info.name, *info.aliases):
             key, target = state[name]
             tensors[key] = distributed.place_like(tensor, target) if type(target) is not Tensor else tensor
@@ -201,12 +225,32 @@ def load(
             raise SparsityError(f"`{min(missing)}` is sparse in the sparsifier and has no mask in `{path}`.")
         sparsifier.set_masks(masks)
     with sparsifier.dense_weights() if sparsifier is not None else nullcontext():
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors)  # torch copies nothing where a tensor is the model's own
     if as_ in ("condensed", "semi_structured"):
         from sparselearn.modules import SemiStructuredLinear, convert
 
         convert(model, masks, force=True, candidates=None if as_ == "condensed" else [SemiStructuredLinear])
     return masks
+
+
+def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that may be written to directly: ordinary memory that no other tensor uses."""
+    plain = {name: tensor for name, tensor in state.items() if type(tensor) is Tensor and tensor.is_cpu}
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
+    return {
+        name: tensor
+        for name, tensor in plain.items()
+        if users[tensor.untyped_storage().data_ptr()] == 1 and tensor.is_contiguous() and not tensor.is_conj()
+    }
+
+
+def _placed(targets: Mapping[str, Tensor], stored: _Stored) -> tuple[WeightInfo, Tensor, Tensor | None]:
+    """As `_dense`, but in the target where there is one, so that no second model is held."""
+    info, mask = stored.info, stored.mask()
+    if info.name not in targets:
+        return _dense(stored, mask)
+    stored.write(mask, targets[info.name])
+    return info, targets[info.name], None if mask is None else _tensor(mask, info.shape)
 
 
 def _check_fit(path: Path, state: Mapping[str, Tensor]) -> None:

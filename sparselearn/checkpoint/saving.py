@@ -3,6 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from sparselearn.errors import SparsityError, closest
 from sparselearn.selection import clean_name
 from sparselearn.sparsifier import Sparsifier
 
-MAX_SHARD_BYTES = 1 << 31
+MAX_SHARD_BYTES = 1 << 28
 
 T = TypeVar("T")
 
@@ -52,7 +53,8 @@ def save(
             The default takes the one with the fewest bytes, weight by weight.
         method: a text; by default the sparsifier's method.
         recipe, metadata: anything that JSON can hold.
-        max_shard_bytes: a file holds no more, unless a single tensor does; also what is held in memory before writing.
+        max_shard_bytes: a file holds no more, unless a single tensor does. One is written while the next is encoded, so
+            twice as much is held in memory.
 
     Raises:
         SparsityError: a mask that fits no weight or hides numbers, an encoding that cannot hold a mask, a tensor or a
@@ -80,11 +82,13 @@ def save(
     manifest = _empty_manifest(masks, method, recipe, metadata)
     to_json(manifest)  # tells what JSON cannot hold before anything is written
     with files.scratch(Path(path)) as temporary:
-        writer = _Writer(temporary, max_shard_bytes)
-        for info, tensors in in_order(_encode, items):
-            writer.add(info, tensors)
-        writer.flush()
-        files.commit(temporary, replace(manifest, weights=tuple(writer.infos), shards=tuple(writer.shards)))
+        with ThreadPoolExecutor(1) as pool:
+            writer = _Writer(temporary, max_shard_bytes, pool)
+            for info, tensors in in_order(_encode, items):
+                writer.add(info, tensors)
+            writer.flush()
+        shards = tuple(shard.result() for shard in writer.shards)
+        files.commit(temporary, replace(manifest, weights=tuple(writer.infos), shards=shards))
 
 
 def _empty_manifest(
@@ -197,14 +201,14 @@ def _encode(item: _Item) -> tuple[WeightInfo, dict[str, Tensor]]:
 
 
 class _Writer:
-    """Collects weights into shards."""
+    """Collects weights into shards, which are written one after another beside the work of the caller."""
 
-    def __init__(self, temporary: Path, limit: int) -> None:
-        self._temporary, self._limit = temporary, limit
+    def __init__(self, temporary: Path, limit: int, pool: ThreadPoolExecutor) -> None:
+        self._temporary, self._limit, self._pool = temporary, limit, pool
         self._tensors: dict[str, Tensor] = {}
         self._bytes = 0
         self.infos: list[WeightInfo] = []
-        self.shards: list[Shard] = []
+        self.shards: list[Future[Shard]] = []
 
     def add(self, info: WeightInfo, tensors: dict[str, Tensor]) -> None:
         if self._bytes + info.stored_bytes > self._limit:
@@ -216,9 +220,11 @@ class _Writer:
         self._tensors |= tensors
 
     def flush(self) -> None:
-        """Write what is collected."""
+        """Begin to write what is collected, once the last shard is written."""
         if self._tensors:
+            if self.shards:
+                self.shards[-1].result()
             number = len(self.shards)
             weights = [info for info in self.infos if info.shard == number]
-            self.shards.append(files.write_shard(self._temporary, number, weights, self._tensors))
+            self.shards.append(self._pool.submit(files.write_shard, self._temporary, number, weights, self._tensors))
         self._tensors, self._bytes = {}, 0
