@@ -44,11 +44,14 @@ class Classifier(pl.LightningModule):
         self.network: nn.Module = configs.build("model", config.model)
         self.config = config
         self._schedule = configs.bound("schedule", config.schedule)
+        # Of training steps alone: evaluation has other batch sizes. In a tuple, so that it is no second submodule.
+        self._trained = (torch.compile(self.network) if config.compile else self.network,)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.config.channels_last:  # the weights stay as they are: torch converts them, and masks cost no more
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.network(x)  # type: ignore[no-any-return]
+        network = self._trained[0] if self.training else self.network
+        return network(x)  # type: ignore[no-any-return]
 
     def _loss(self, logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=label_smoothing)

@@ -46,6 +46,7 @@ class Config:
     gradient_clip_val: float | None = None
     precision: str = "32-true"
     channels_last: bool = False  # images in this memory order; with bf16-mixed convolutions are faster on a GPU
+    compile: bool = False  # torch.compile for training steps; the first one takes up to a minute
     devices: int = 1
     accelerator: str = "auto"
     eval_every: int = 0  # optimizer steps; 0 evaluates at the end only

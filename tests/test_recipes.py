@@ -5,6 +5,7 @@ import json
 import signal
 import statistics
 import struct
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_equal_seeds_give_equal_runs(tmp_path):
     a, b, c = (weights(tmp_path / n) for n in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_a_compiled_run_is_the_same_run(tmp_path, monkeypatch):
+    """Mask updates change parameters in place: nothing is compiled again, and evaluation is not compiled at all."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    run(tmp_path / "eager", "method.every=5")
+    assert not graphs
+    run(tmp_path / "compiled", "method.every=5", "compile=true", "eval_every=20")
+    assert graphs == [True]
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    assert all(torch.equal(eager[name], compiled[name]) for name in eager | compiled)
 
 
 def test_what_a_run_holds_and_costs_is_told(tmp_path):
