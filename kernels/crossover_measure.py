@@ -1,8 +1,11 @@
 """The clock behind `crossover`: times every way of computing a case on the GPU, after tuning the kernels' blocks."""
 
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,10 @@ if TYPE_CHECKING:  # needs triton
     from sparselearn.kernels.grouped_fan_in.launch import Blocks
 
 Sets = list[tuple[Tensor, ...]]
+Times = dict["Blocks", float]
+"""Blocks of a kernel -> seconds."""
+FINALISTS = 6
+_finalists: dict[tuple[object, ...], tuple["Blocks", ...]] = {}  # by `_kind`, best first
 
 
 def ensure(case: Case) -> None:
@@ -84,32 +91,90 @@ def sparse_sets(case: Case, dtype: torch.dtype, device: str) -> Sets:
     return sets
 
 
-def tune(case: Case, sets: Sets, x: Tensor, grad: Tensor, timer: Timer, into: Table) -> dict[str, float]:
-    """Find the best blocks of the kernels for a case, put them to use and into the table; returns their seconds."""
+def tune(
+    case: Case, sets: Sets, x: Tensor, grad: Tensor, timer: Timer, into: Table, everything: bool = False
+) -> dict[str, Times]:
+    """Find the best blocks of the kernels for a case, put them to use and into the table; returns what was timed.
+
+    The first case of a kind (kernel, V, dtype, about as many tokens) tries all candidates, later ones its best
+    `FINALISTS`, unless `everything` is asked for.
+    """
     from sparselearn.kernels.grouped_fan_in import launch
 
     values = sets[0][0]
-    key = launch.tuning_key("forward", values, case.tokens)
     by_feature = layout.is_by_feature(x) or case.tokens < 17
     x = x if by_feature else launch.feature_major(x)
     out = layout.activations(x, case.neurons, False)
     with torch.no_grad():
         found = {"forward": _best(
-            key, launch.FORWARD, timer, into,
+            launch.tuning_key("forward", values, case.tokens), candidates(case, "forward"), timer, into,
             lambda blocks: [partial(launch.forward, x, v, i, None, out, "none", blocks) for v, i, *_ in sets],
-            lambda blocks: blocks.tokens <= max(16, case.tokens * 2) and (case.tokens <= 64 or blocks.tokens > 16),
+            everything,
         )}  # fmt: skip
         if case.training:
             found["grad_values"] = _best(
-                launch.tuning_key("grad_values", values, case.tokens), launch.GRAD_VALUES, timer, into,
+                launch.tuning_key("grad_values", values, case.tokens), candidates(case, "grad_values"), timer, into,
                 lambda blocks: [partial(launch.grad_values, grad, x, v, i, blocks) for v, i, *_ in sets],
-                lambda blocks: blocks.tokens <= max(32, case.tokens),
+                everything,
             )  # fmt: skip
     return found
 
 
-def tune_condensed(sets: Sets, x: Tensor, timer: Timer, into: Table) -> float:
-    """Find the best blocks for single neurons and few tokens; returns their seconds."""
+def candidates(case: Case, kernel: str) -> "list[Blocks]":
+    """Blocks worth a try for a case."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    if kernel == "forward":
+        most = max(16, case.tokens * 2)
+        found = [b for b in launch.FORWARD if b.tokens <= most and (case.tokens <= 64 or b.tokens > 16)]
+    else:
+        found = [blocks for blocks in launch.GRAD_VALUES if blocks.tokens <= max(32, case.tokens)]
+    # those of float32 are too large for shared memory
+    return [b for b in found if case.dtype != "float32" or b.inputs <= 32 or b.tokens <= 64]
+
+
+def compile_ahead(cases: Sequence[Case], processes: int | None = None) -> None:
+    """Compile the candidates of cases in several processes, into the cache that triton keeps on disk."""
+    jobs = [(case, kernel, tuple(blocks)) for case in cases
+            for kernel in (("forward", "grad_values") if case.training else ("forward",))
+            for blocks in candidates(case, kernel)]  # fmt: skip
+    count = processes or min(16, os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, [jobs[i::count] for i in range(count)]))
+
+
+def _compile(jobs: list[tuple[Case, str, tuple[Any, ...]]]) -> None:
+    """One launch of each; in a process of its own."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    for case, kernel, numbers in jobs:
+        made = {"device": "cuda", "dtype": getattr(torch, case.dtype)}
+        x = layout.activations(torch.empty(case.tokens, 1, **made), case.inputs, case.tokens > 16).zero_()
+        y = torch.zeros(case.tokens, case.neurons, **made)
+        values = torch.zeros(case.neurons // case.group, case.group, case.fan_in, **made)
+        narrow = torch.int16 if case.inputs <= 2**15 else torch.int32
+        indices = torch.zeros(len(values), case.fan_in, device="cuda", dtype=narrow)
+        try:
+            if kernel == "forward":
+                launch.forward(x, values, indices, None, y, "none", launch.Blocks(*numbers))
+            else:
+                launch.grad_values(y, x, values, indices, launch.Blocks(*numbers))
+        except Exception as error:
+            if not _too_large(error):
+                raise
+    torch.cuda.synchronize()
+
+
+def tune_copy(x: Tensor, timer: Timer, into: Table) -> Times:
+    """Find the best blocks of the transposing copy for x [T, I]."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    key = ("copy", str(x.dtype).removeprefix("torch."))
+    return _best(key, launch.COPY, timer, into, lambda blocks: [partial(launch.feature_major, x, blocks)], True)
+
+
+def tune_condensed(sets: Sets, x: Tensor, timer: Timer, into: Table) -> Times:
+    """Find the best blocks for single neurons and few tokens."""
     from sparselearn.kernels.condensed import triton_launch
     from sparselearn.kernels.grouped_fan_in import launch
 
@@ -117,23 +182,35 @@ def tune_condensed(sets: Sets, x: Tensor, timer: Timer, into: Table) -> float:
         launch.tuning_key("condensed", sets[0][0], len(x)),
         triton_launch.ONE_TOKEN if len(x) == 1 else triton_launch.FEW_TOKENS, timer, into,
         lambda blocks: [partial(triton_launch.linear, x, v[:, 0], i, None, blocks) for v, i, *_ in sets],
-        lambda blocks: True,
+        True,
     )  # fmt: skip
 
 
+def _too_large(error: Exception) -> bool:
+    return "resource" in repr(error).lower()  # triton has several classes for "out of resources"
+
+
+def _kind(key: tuple[object, ...]) -> tuple[object, ...]:
+    """What cases have in common that like the same blocks: kernel, V, dtype, and one of four ranges of tokens."""
+    tokens = key[5] if len(key) > 5 else 0  # log2
+    return (*key[:1], *key[2:3], *key[4:5], sum(tokens > limit for limit in (4, 6, 8)))  # type: ignore[operator]
+
+
 def _best(
-    key: tuple[object, ...], candidates: Sequence["Blocks"], timer: Timer, into: Table,
-    calls: Callable[["Blocks"], Calls], fits: Callable[["Blocks"], bool],
-) -> float:  # fmt: skip
-    seconds = {}
-    for blocks in filter(fits, candidates):
-        if key[4] == "float32" and blocks.inputs > 32 and blocks.tokens > 64:
-            continue  # too large for shared memory
+    key: tuple[object, ...], blocks: Sequence["Blocks"], timer: Timer, into: Table,
+    calls: Callable[["Blocks"], Calls], everything: bool,
+) -> Times:  # fmt: skip
+    """Seconds of every candidate, the fastest first, which goes into the table."""
+    known = () if everything else _finalists.get(_kind(key), ())
+    seconds: Times = {}
+    for tried in [b for b in blocks if b in known] or blocks:
         try:
-            seconds[blocks] = timer(calls(blocks))
-        except Exception as error:  # triton has several classes for "out of resources"
-            if "resource" not in repr(error).lower():
+            seconds[tried] = timer(calls(tried))
+        except Exception as error:
+            if not _too_large(error):
                 raise
-    best = min(seconds, key=seconds.__getitem__)
-    into.blocks[key] = tuple(best)
-    return seconds[best]
+    ranked = sorted(seconds, key=seconds.__getitem__)
+    if not known:
+        _finalists[_kind(key)] = tuple(ranked[:FINALISTS])
+    into.blocks[key] = tuple(ranked[0])
+    return {tried: seconds[tried] for tried in ranked}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparselearn import SparsityError
-from sparselearn.kernels import crossover
+from sparselearn.kernels import crossover, crossover_measure
 from sparselearn.kernels.condensed import triton as condensed
 from sparselearn.kernels.crossover import Case, Table, cases_of
 from sparselearn.kernels.crossover_measure import measured_seconds
@@ -154,3 +154,49 @@ def test_few_tokens_condensed_is_the_formula_with_gradients():
     torch.library.opcheck(torch.ops.sparselearn.condensed_linear.default, (x.detach(), values.detach(), indices, None))
     with pytest.raises(SparsityError, match="0 < T <= 16"):
         condensed.linear(torch.randn(17, 9), values, indices)
+
+
+def test_later_cases_of_a_kind_try_the_finalists_alone(folder, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from sparselearn.kernels.grouped_fan_in.launch import Blocks
+
+    monkeypatch.setattr(crossover_measure, "_finalists", {})
+    monkeypatch.setattr(crossover_measure, "FINALISTS", 2)
+    blocks = [Blocks(n, 64, 4, 3) for n in (64, 16, 32, 128)]
+    table, tried = crossover.table(), []
+
+    def timer(calls):
+        tried.append(calls)
+        if calls == 128:
+            raise RuntimeError("OutOfResources: shared memory")
+        return float(calls)
+
+    def best(tokens, everything=False, group=32):
+        tried.clear()
+        key = ("forward", 4, group, 12, "bfloat16", tokens)
+        found = crossover_measure._best(key, blocks, timer, table, lambda b: b.tokens, everything)
+        assert table.blocks[key] == tuple(next(iter(found)))
+        return [b.tokens for b in found]
+
+    assert best(12) == [16, 32, 64]
+    assert best(10) == [16, 32]
+    assert tried == [32, 16] or tried == [16, 32]
+    assert best(12, everything=True) == [16, 32, 64]
+    assert best(7) == [16, 32, 64]  # fewer tokens are another kind
+    assert best(12, group=16) == [16, 32, 64]
+
+    def broken(calls):
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        crossover_measure._best(("forward", 4, 8, 12, "bfloat16", 12), blocks, broken, table, lambda b: b, True)
+
+
+def test_candidates_fit_the_case(folder):
+    pytest.importorskip("triton", reason="triton is not installed")
+    for case, largest, smallest in [(CASE._replace(tokens=16), 16, 16), (CASE._replace(tokens=4096), 256, 64)]:
+        sizes = {b.tokens for b in crossover_measure.candidates(case, "forward")}
+        assert (max(sizes), min(sizes)) == (largest, smallest)
+    wide = crossover_measure.candidates(CASE._replace(dtype="float32", tokens=4096), "forward")
+    assert all(b.inputs <= 32 or b.tokens <= 64 for b in wide)
+    assert any(b.ahead for b in wide)

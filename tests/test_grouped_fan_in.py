@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparselearn import SparsityError
-from sparselearn.kernels.grouped_fan_in import by_input, is_by_feature, linear, reference, scores
+from sparselearn.kernels.grouped_fan_in import by_feature, by_input, dense, is_by_feature, linear, reference, scores
 from sparselearn.kernels.grouped_fan_in.layout import activations
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -67,21 +67,49 @@ def test_results_lie_in_memory_as_asked_for_and_chain_without_a_copy():
     torch.testing.assert_close(hidden.grad, expected)
 
 
+def test_layers_share_one_copy_of_their_input():
+    x, values, _, grad, indices = case(20, 7, 2, 8, 4)
+    _, values2, _, _, indices2 = case(20, 7, 2, 8, 3, seed=1)
+    x = x.view(4, 5, 7).requires_grad_()
+    copy = by_feature(x)
+    assert copy.shape == (4, 5, 7)
+    assert torch.equal(copy, x)
+    assert is_by_feature(copy.flatten(0, 1))
+    assert copy.flatten(0, 1).data_ptr() == copy.data_ptr()  # a view: the layers read the copy itself
+    both = [linear(copy.flatten(0, 1), v, i) for v, i in ((values, indices), (values2, indices2))]
+    (found,) = torch.autograd.grad(both[0] + both[1], x, grad)
+    expected = reference.grad_input(grad, values, indices, 7) + reference.grad_input(grad, values2, indices2, 7)
+    torch.testing.assert_close(found.flatten(0, 1), expected)
+    assert found.is_contiguous()
+    with pytest.raises(SparsityError, match="a single number"):
+        by_feature(torch.tensor(1.0))
+
+
+def test_the_weight_written_out_has_gradients():
+    _, values, _, _, indices = case(3, 7, 2, 8, 4)
+    values.requires_grad_()
+    assert torch.equal(dense(values, indices, 7), reference.dense(values, indices, 7))
+    narrow = indices.to(torch.int16)
+    assert torch.autograd.gradcheck(lambda v: dense(v, narrow, 7), values)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own check reads it
 def test_operators_pass_torchs_own_checks():
     x, values, bias, grad, indices = case(5, 7, 2, 8, 4, dtype=torch.float32)
     order, starts = by_input(indices, 7)
     op = torch.ops.sparselearn
     leaves = [t.requires_grad_() for t in (x, values, bias)]
-    for by_feature in (False, True):
+    for across in (False, True):
         for transposed in ((None, None), (order, starts)):
-            args = (*leaves[:2], indices, leaves[2], *transposed, "none", by_feature, not by_feature)
+            args = (*leaves[:2], indices, leaves[2], *transposed, "none", across, not across)
             torch.library.opcheck(op.grouped_linear.default, args)
-            args = (grad, values.detach(), indices, *transposed, 7, by_feature)
+            args = (grad, values.detach(), indices, *transposed, 7, across)
             torch.library.opcheck(op.grouped_grad_input.default, args)
     torch.library.opcheck(op.by_feature.default, (x,))
     torch.library.opcheck(op.grouped_grad_values.default, (grad, x.detach(), values.detach(), indices))
     torch.library.opcheck(op.grouped_scores.default, (grad, x.detach(), 8))
+    torch.library.opcheck(op.grouped_dense.default, (values, indices, 7))
+    torch.library.opcheck(op.by_token.default, (activations(x, 7, True).copy_(x.detach()),))
 
 
 def test_whole_graphs_compile():
@@ -138,12 +166,14 @@ def test_kernels_agree_with_their_formulas_in_the_interpreter():
 
 
 SHAPES = {"V": 32, "BT": 64, "BK": 32, "NARROW": True, "WIDE": False, "PRECISION": "tf32"}
-FORWARD = SHAPES | {"SWAP": True, "STAGES": 3, "ACTIVATION": "gelu", "HAS_BIAS": True, "EVEN": False}
-GRADIENT = SHAPES | {"STAGES": 3, "SCORES": False}
+FORWARD = SHAPES | {"SWAP": True, "AHEAD": True, "STAGES": 3, "ACTIVATION": "gelu", "HAS_BIAS": True, "EVEN": False}
+GRADIENT = SHAPES | {"STAGES": 3}
+SCORES = GRADIENT | {"BN": 128, "BK": 128}
 FEW = {"T": 16, "BN": 4, "BK": 64, "HAS_BIAS": True, "NARROW": True}
 KERNELS = {  # kernel -> types of its pointers (* is the dtype), constants, strides that are 1
     "forward_kernel": (["*", "*", "i16", "*", "*"], FORWARD, ("x_token", "y_neuron")),
     "weight_gradient_kernel": (["*", "*", "i16", "*"], GRADIENT, ("x_token", "grad_neuron")),
+    "scores_kernel": (["*", "*", "fp32"], SCORES, ("x_token", "grad_neuron")),
     "partial_kernel": (["*", "*", "*"], SHAPES, ("grad_neuron",)),
     "collect_kernel": (["*", "i32", "i32", "*"], {"BI": 16, "BT": 128, "WIDE": True}, ("out_input",)),
     "places_kernel": (["i16", "i16"], {"BK": 512, "NARROW": True}, ()),
@@ -192,3 +222,29 @@ def test_gathered_inputs_are_read_in_wide_pieces_and_multiplied_by_tensor_cores(
     ptx = compiled_for("forward_kernel", "bf16", 90).asm["ptx"]
     assert "cp.async.cg.shared.global" in ptx  # 16 bytes at a time
     assert "wgmma.mma_async" in ptx
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is chosen by the environment")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_inputs_of_a_block_do_not_wait_for_its_indices():
+    """In the loop the inputs are asked for before the next indices are; otherwise after indices that they wait for."""
+    from triton_compile import compile_for
+
+    from sparselearn.kernels.grouped_fan_in import triton_kernels as grouped
+
+    for ahead in (True, False):
+        types, constants, unit = KERNELS["forward_kernel"]
+        types = ["bf16" if t == "*" else t for t in types]
+        text = compile_for(grouped.forward_kernel, types, constants | {"AHEAD": ahead}, 90, unit=unit).asm["ttgir"]
+        loop = text[text.index("scf.for") : text.index("scf.yield")]
+        assert loop.count("tt.load") == 1
+        assert (loop.index("ttg.async_copy") < loop.index("tt.load")) is ahead
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is chosen by the environment")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_collecting_asks_for_four_parts_before_it_waits_for_one():
+    ptx = compiled_for("collect_kernel", "bf16", 90).asm["ptx"]
+    wide, added = ptx.index("ld.global.v4"), ptx.index("add.f32")
+    assert wide < added
+    assert ptx[:added].count("ld.global.v4") == 8  # 16 numbers of each part for a thread

@@ -4,6 +4,9 @@ Needs torch, triton and numpy only. Everything is compared with float64.
 """
 
 import copy
+import csv
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -15,11 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparselearn as sl
-from sparselearn.kernels import crossover
+from sparselearn.kernels import crossover, crossover_measure
 from sparselearn.kernels.condensed import reference as condensed_reference
 from sparselearn.kernels.condensed import triton as condensed
-from sparselearn.kernels.grouped_fan_in import by_input, is_by_feature, linear, reference, scores
+from sparselearn.kernels.grouped_fan_in import by_feature, by_input, dense, is_by_feature, linear, reference, scores
 from sparselearn.kernels.grouped_fan_in.layout import activations
+from sparselearn.kernels.timing import graph_seconds
 from sparselearn.modules import CondensedLinear, GroupedFanInLinear, captured, convert, rewire, update_condensed
 from sparselearn.structures import ConstantFanIn
 
@@ -127,10 +131,10 @@ def test_a_layer_of_real_size(group, dtype):
 
 
 def test_an_empty_batch():
-    for by_feature in (False, True):
+    for across in (False, True):
         x, values, bias, _, indices = case(0, 50, 2, 16, 8, torch.bfloat16)
         values.requires_grad_()
-        y = linear(x, values, indices, bias, by_feature=by_feature)
+        y = linear(x, values, indices, bias, by_feature=across)
         assert y.shape == (0, 32)
         y.sum().backward()
         assert values.grad.abs().sum() == 0
@@ -155,11 +159,138 @@ def test_tf32_where_torch_is_allowed_to_use_it(monkeypatch):
 
 def test_scores_of_groups():
     for dtype in DTYPES:
-        for group in (8, 32, 128):
-            x, _, _, grad, _ = case(333, 150, 2, group, 3, dtype)
+        for group, groups in ((8, 2), (8, 33), (16, 3), (32, 2), (64, 3), (128, 2)):
+            x, _, _, grad, _ = case(333, 150, groups, group, 3, dtype)
             expected = reference.scores(grad.double(), x.double(), group)
             near(scores(grad, x, group), expected, dtype)
             near(scores(laid_out(grad, True), laid_out(x, True), group), expected, dtype)
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_scores_of_a_layer_of_real_size(group):
+    x, _, _, grad, _ = case(2048, 4096, 4096 // group, group, 3, torch.bfloat16)
+    expected = reference.scores(grad.double(), x.double(), group)
+    near(scores(grad, x, group), expected, torch.float16)  # sums in float32, never rounded to bfloat16
+
+
+@pytest.mark.usefixtures("_poison")
+def test_layers_share_one_copy_of_their_input():
+    for dtype in DTYPES:
+        for shape in ((4, 40, 200), (3, 11, 208)):
+            _, values, _, grad, indices = case(shape[0] * shape[1], shape[2], 4, 32, 40, dtype)
+            _, values2, _, _, indices2 = case(5, shape[2], 4, 32, 48, dtype)
+            x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+            copy = by_feature(x)
+            assert torch.equal(copy, x)
+            assert is_by_feature(copy.flatten(0, 1))
+            y = [linear(copy.flatten(0, 1), v, i) for v, i in ((values, indices), (values2, indices2))]
+            (found,) = torch.autograd.grad(y, x, [grad, grad])
+            assert found.is_contiguous()
+            wide = [t.double() for t in (grad, values, values2)]
+            expected = reference.grad_input(wide[0], wide[1], indices, shape[2])
+            expected += reference.grad_input(wide[0], wide[2], indices2, shape[2])
+            near(found.flatten(0, 1), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_the_weight_written_out(dtype):
+    for inputs, groups, group, fan_in in [(40, 3, 8, 7), (4096, 64, 64, 410), (5, 2, 128, 5), (70, 3, 24, 9)]:
+        if group == 24 and dtype != torch.float64:
+            continue  # no group of the kernels
+        g = torch.Generator().manual_seed(group)
+        indices = torch.rand(groups, inputs, generator=g).topk(fan_in, 1).indices.sort(1).values.cuda().short()
+        values = torch.randn(groups, group, fan_in, generator=g).to("cuda", dtype).requires_grad_()
+        weight, expected = dense(values, indices, inputs), reference.dense(values, indices, inputs)
+        assert torch.equal(weight, expected)
+        grad = torch.randn(weight.shape, device="cuda", dtype=dtype)
+        assert torch.equal(*(torch.autograd.grad(w, values, grad)[0] for w in (weight, expected)))
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_collected_gradients_of_inputs_that_few_and_that_many_groups_read(group):
+    """Inputs that no group, one, some (also no multiple of four) and every group reads; several portions of tokens."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    tokens, inputs, groups, fan_in = 900, 80, 30, 24
+    _, values, _, grad, indices = case(tokens, inputs, groups, group, fan_in, torch.bfloat16)
+    chance = torch.linspace(0, 1, inputs - 20)
+    g = torch.Generator().manual_seed(0)
+    picked = (torch.rand(groups, inputs - 20, generator=g) * chance).topk(fan_in - 1, 1).indices.sort(1).values
+    indices[:, :-1], indices[:, -1] = picked.cuda(), inputs - 1
+    expected = reference.grad_input(grad.double(), values.double(), indices, inputs)
+    kept = launch.PARTIAL_BYTES
+    for portion in (0, kept, 600 * groups * fan_in * 2):  # 128 tokens, all, 512 and a rest
+        launch.PARTIAL_BYTES = portion
+        try:
+            for across in (False, True):
+                out = activations(grad, inputs, across)
+                near(launch.grad_input_collected(grad, values, *by_input(indices, inputs), out), expected, grad.dtype)
+        finally:
+            launch.PARTIAL_BYTES = kept
+
+
+def test_every_copy_and_the_way_back_are_exact():
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    for tokens, inputs in [(1, 1), (300, 500), (4096, 1024)]:
+        for dtype in DTYPES:
+            x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
+            for blocks in (None, *launch.COPY):
+                copy = launch.feature_major(x, blocks)
+                assert torch.equal(copy, x)
+                assert is_by_feature(copy)
+            back = launch.token_major(copy)
+            assert back.is_contiguous()
+            assert torch.equal(back, x)
+
+
+def test_candidates_are_compiled_in_other_processes_and_all_timed():
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    case_ = crossover.Case(256, 512, 32, 64, "bfloat16", True, 256)
+    crossover_measure.compile_ahead([case_], 2)
+    x, values, _, grad, indices = case(256, 512, 8, 32, 64, torch.bfloat16)
+    timer = functools.partial(graph_seconds, rounds=1, least=1e-5)
+    sets = [(values, indices, *by_input(indices, 512))]
+    found = crossover_measure.tune(case_, sets, x, grad, timer, crossover.table(), everything=True)
+    assert len(found["forward"]) > 20
+    assert list(found["forward"].values()) == sorted(found["forward"].values())
+    assert tuple(next(iter(found["grad_values"]))) in crossover.table().blocks.values()
+    assert set(crossover_measure.tune_copy(x, timer, crossover.table())) == set(launch.COPY)
+
+
+@pytest.mark.parametrize("section", ["candidates", "forward", "training", "vit", "peers", "dtypes"])
+def test_sections_of_the_benchmark_run(section, monkeypatch, tmp_path):
+    """On a small layer: every row is checked, written and has a time."""
+    from sparselearn.kernels.grouped_fan_in import bench
+
+    monkeypatch.setattr(bench, "LARGE", ((512, 1024),))
+    monkeypatch.setattr(bench, "VIT", ((512, 1024),))
+    monkeypatch.setattr(bench, "compile_ahead", lambda cases: None)
+    small = functools.partial(graph_seconds, rounds=1, least=1e-5)
+    monkeypatch.setattr(bench, "graph_seconds", small)
+    monkeypatch.setattr(bench, "quick", small)
+    run = bench.Run(tmp_path / "rows.csv", 100)
+    run.take(section, itertools.islice(bench.works(section), 1), 100)
+    assert not run.failures
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len(rows) > 1
+    assert all(float(row["us"]) > 0 for row in rows)
+    if section == "vit":
+        assert rows[-1]["method"] == "as dispatched"
+        assert float(rows[-1]["speedup"]) >= 1
+
+
+def test_a_small_step_is_compared(monkeypatch):
+    from sparselearn.kernels.grouped_fan_in import bench_step
+
+    small = bench_step.Size(256, 2, 4, 64, 4, 128)
+    works = bench_step.works_step(0.9, (small,))
+    monkeypatch.setattr(bench_step, "choose", lambda *case: "collected" if case[0] > case[1] else "sparse")
+    rows = [row for work in itertools.islice(works, 2) for row in work()]
+    assert [row.method for row in rows] == ["dense, compiled", "dense, compiled", "sparse, compiled"]
+    assert "peak" in rows[2].detail
+    assert rows[2].detail.endswith("; qkv=collected out=sparse up=collected down=sparse")
 
 
 @pytest.mark.parametrize("group", [8, 16, 32, 64, 128])

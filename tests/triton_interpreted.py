@@ -93,8 +93,10 @@ def check_backward(shape, dtype, blocks, layouts=((True, False),)):
 def check_rest():
     for tokens, inputs in [(1, 1), (5, 70), (64, 64), (130, 3)]:
         x = torch.randn(tokens, inputs, device=DEVICE)
-        copy = launch.feature_major(x)
+        copy = launch.feature_major(x, Blocks(16, 32, 4, 1) if tokens == 130 else None)
         assert torch.equal(copy, x)
+        assert torch.equal(launch.token_major(copy), x)
+        assert launch.token_major(copy).is_contiguous()
         assert copy.stride() == (1, -(-tokens // 16) * 16)
         assert (copy.mT.as_strided((inputs, copy.stride(1)), (copy.stride(1), 1))[:, tokens:] == 0).all()
     for inputs, groups, group, fan_in in [(40, 3, 8, 7), (1100, 2, 16, 700), (5, 2, 128, 5)]:  # also several blocks
@@ -162,12 +164,32 @@ def check_operators():
                 near(got, want, torch.float32, f"gradient {tokens} {fan_in} {by_feature} {transposed is None}")
 
 
+def check_scores():
+    """Neurons of several tiles, groups of a tile that is not full, more than 8 tiles in a column; no tokens."""
+    for tokens, inputs, groups, group in [
+        (70, 40, 2, 8),
+        (33, 70, 9, 16),
+        (16, 30, 1, 128),
+        (40, 30, 5, 32),
+        (3, 5, 70, 8),
+    ]:
+        x, _, grad, _ = case(tokens, inputs, groups, group, 3, torch.float32)
+        expected = reference.scores(grad.double(), x.double(), group)
+        for by_feature in (True, False):
+            found = launch.scores(laid_out(grad, by_feature), laid_out(x, not by_feature), group)
+            near(found, expected, torch.float32, f"scores {tokens} {inputs} {groups} {group}")
+    assert (launch.scores(grad[:0], x[:0], 8) == 0).all()
+
+
 SWAPPED, PLAIN = Blocks(32, 16, 4, 2, True), Blocks(32, 16, 4, 2)
 
 if __name__ == "__main__":
     for group in (8, 16, 32):
         check_forward((37, 40, 2, group, 19), torch.float32, SWAPPED if group > 8 else PLAIN)
     check_forward((32, 40, 2, 16, 32), torch.float16, SWAPPED)  # even
+    for blocks in (SWAPPED, PLAIN):  # of one block of inputs, of several, with and without a rest
+        for shape in ((37, 40, 3, 16, 19), (32, 60, 2, 16, 48), (20, 20, 2, 32, 7)):
+            check_forward(shape, torch.float32, blocks._replace(ahead=True), layouts=[(True, False)])
     check_forward((1, 40, 1, 64, 3), torch.float16, Blocks(16, 32, 4, 2), layouts=[(True, False), (False, True)])
     check_forward((20, 40, 1, 128, 40), torch.float32, PLAIN, bias=False, layouts=[(True, True)])
     for activation in ("relu", "gelu", "silu"):
@@ -175,6 +197,7 @@ if __name__ == "__main__":
     check_backward((70, 40, 2, 8, 19), torch.float32, Blocks(32, 16, 4, 2), list(product([True, False], repeat=2)))
     check_backward((33, 40, 2, 16, 32), torch.float16, Blocks(16, 16, 4, 2))
     check_backward((150, 30, 1, 32, 7), torch.float32, Blocks(64, 16, 4, 2))
+    check_scores()
     check_rest()
     check_nan_stays_in_its_row()
     check_wide_index()

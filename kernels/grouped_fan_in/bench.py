@@ -1,12 +1,14 @@
 """Times grouped and condensed layers on a GPU against cuBLAS, torch's BSR and CSR; needs torch and triton alone.
 
     python -m sparselearn.kernels.grouped_fan_in.bench --seconds 300 --out results.csv   # every section, one run
+    python -m sparselearn.kernels.grouped_fan_in.bench --sections forward grid --limit grid=40
     python -m sparselearn.kernels.grouped_fan_in.bench --plot results.csv                # speed-up over tokens
 
 Times are CUDA-graph replays, medians of 5 rounds, with enough copies of the weights in turn that they come from memory
 and not from the L2 cache. CSR, and what cannot be captured, is timed with events and marked so. The fan-in is rounded
 down to a multiple of 32. Block sizes are tuned first; the table of the best is printed. Every row is checked against
-float64 before it is timed, and written at once. `speedup` is dense time / time for the same work.
+float64 before it is timed, and written at once, the most important of a section first; a section that is out of time is
+cut off. `speedup` is dense time / time for the same work. The section "candidates" lists every block size by itself.
 """
 
 import argparse
@@ -26,13 +28,23 @@ from torch import Tensor
 from sparselearn.kernels import crossover
 from sparselearn.kernels.condensed import triton as condensed
 from sparselearn.kernels.crossover import Case
-from sparselearn.kernels.crossover_measure import forward_backward, sparse_sets, tune, tune_condensed
+from sparselearn.kernels.crossover_measure import (
+    compile_ahead,
+    forward_backward,
+    sparse_sets,
+    tune,
+    tune_condensed,
+    tune_copy,
+)
 from sparselearn.kernels.grouped_fan_in import linear, reference
 from sparselearn.kernels.timing import Calls, copies, graph_seconds
 
 LARGE = ((4096, 4096), (14336, 4096), (4096, 14336))  # neurons, inputs
 VIT = ((3072, 768), (768, 3072), (4096, 1024), (1024, 4096))
-SECTIONS = ("forward", "training", "step", "gemv", "vit", "grid", "peers", "dtypes")
+LIMITS = {  # seconds of each section, in the order of their worth
+    "candidates": 75, "forward": 60, "training": 50, "step": 120, "peers": 20, "vit": 40, "grid": 60, "gemv": 25,
+    "dtypes": 25,
+}  # fmt: skip
 FIELDS = ("section", "neurons", "inputs", "tokens", "group", "sparsity", "dtype", "method", "us", "speedup", "detail")
 quick = partial(graph_seconds, rounds=3, least=5e-4)
 
@@ -58,13 +70,14 @@ class Run:
         self.facts = facts()
         self.writer.writerow([*FIELDS, *self.facts])
 
-    def take(self, section: str, works: Iterator[Work]) -> None:
+    def take(self, section: str, works: Iterator[Work], seconds: float) -> None:
         """Do work by work and print and write its rows, a dense time first, until the time is up."""
+        begin = time.monotonic()
         print(f"\n== {section}", flush=True)
         for work in works:
-            if time.monotonic() > self.end:
+            if time.monotonic() > min(self.end, begin + seconds):
                 print(f"stopped in `{section}`: the time is up", flush=True)
-                return
+                break
             try:
                 rows = work()
             except Exception as error:  # the other rows are still wanted; the command fails at its end
@@ -75,6 +88,7 @@ class Run:
             for row in rows:
                 self._write(section, row, dense)
             self.file.flush()
+        print(f"`{section}` took {time.monotonic() - begin:.0f} s", flush=True)
 
     def _write(self, section: str, row: Row, dense: float) -> None:
         case, us, speedup = row.case, row.seconds * 1e6, dense / row.seconds
@@ -163,7 +177,41 @@ def rows_forward(case: Case, detailed: bool = True, tuned: bool = True) -> list[
     return rows
 
 
-def rows_training(case: Case) -> list[Row]:
+def rows_candidates(case: Case) -> list[Row]:
+    """Every block size of the two kernels, the fastest first; of the copy; and portions of the collected gradient.
+
+    The forward kernel by itself: activations by feature in, token by token out."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    layer, known = Layer(case), crossover.table()
+    rows = [layer.dense()]
+    found = tune(case, layer.sets, layer.x, layer.grad, quick, known, everything=True)
+    found["copy by feature"] = tune_copy(layer.x, quick, known)
+    for kernel, times in found.items():
+        rows += [Row(case, f"{kernel} candidate", seconds, str(tuple(blocks))) for blocks, seconds in times.items()]
+    out, kept = torch.empty_like(layer.x), launch.PARTIAL_BYTES
+    try:
+        for megabytes in (16, 24, 32, 40, 64):
+            launch.PARTIAL_BYTES = megabytes * 2**20
+            calls = [partial(launch.grad_input_collected, layer.grad, v, o, s, out) for v, _, o, s in layer.sets]
+            rows.append(Row(case, "grad input collected", quick(calls), f"portions of {megabytes} MiB"))
+    finally:
+        launch.PARTIAL_BYTES = kept
+    return rows
+
+
+def rows_vit(case: Case) -> list[Row]:
+    """A layer's forward time, or forward and backward, kept for dispatch; and what dispatch takes then."""
+    rows = rows_training(case, parts=False) if case.training else rows_forward(case)
+    ways = {"layer": "sparse"} | {name: name for name in ("dense", "sparse", "collected")}
+    seconds = {ways[row.method]: row.seconds for row in rows if row.method in ways}
+    here = case._replace(tokens=crossover.bucket(case.tokens))
+    crossover.table().seconds[here] = seconds
+    way = crossover.choose(*here)
+    return [*rows, Row(case, "as dispatched", seconds[way], f"takes {way}" + ", training" * case.training)]
+
+
+def rows_training(case: Case, parts: bool = True) -> list[Row]:
     """Forward and backward of one layer, token-major in and out, and the parts of the backward pass."""
     from sparselearn.kernels.grouped_fan_in import launch
 
@@ -181,10 +229,18 @@ def rows_training(case: Case) -> list[Row]:
         ]  # fmt: skip
     blocks = str(tuple(launch.grad_blocks(layer.sets[0][0], case.tokens)))
     rows += [Row(case, name, graph_seconds(calls), blocks) for name, calls in ways.items()]
+    return rows + _parts(layer) if parts else rows
+
+
+def _parts(layer: Layer) -> list[Row]:
+    """The kernels of the backward pass, each by itself."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    case, x, grad = layer.case, layer.x, layer.grad
     with torch.no_grad():
         x_by_feature, out = launch.feature_major(x), torch.empty_like(x)
         dense_values = graph_seconds([lambda: grad.mT @ x])
-        parts: dict[str, Calls] = {
+        calls: dict[str, Calls] = {
             "part: grad values": [partial(launch.grad_values, grad, x_by_feature, v, i) for v, i, *_ in layer.sets],
             "part: grad input dense": [partial(launch.grad_input_dense, grad, v, i, out) for v, i, *_ in layer.sets],
             "part: grad input collected": [
@@ -193,11 +249,8 @@ def rows_training(case: Case) -> list[Row]:
             "part: densify": [partial(launch.densify, v, i, case.inputs) for v, i, *_ in layer.sets],
             "part: scores": [partial(launch.scores, grad, x_by_feature, case.group)],
         }
-        rows += [
-            Row(case, name, graph_seconds(calls), f"one dense gradient {dense_values * 1e6:.1f} us")
-            for name, calls in parts.items()
-        ]
-    return rows
+        detail = f"one dense gradient {dense_values * 1e6:.1f} us"
+        return [Row(case, name, graph_seconds(work), detail) for name, work in calls.items()]
 
 
 def _product(x: Tensor, values: Tensor, *, indices: Tensor, transposed: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -243,14 +296,17 @@ def rows_peers(case: Case) -> list[Row]:
 
 def works(section: str) -> Iterator[Work]:
     """What a section measures, the most important first."""
-    if section == "forward":
-        for layer in LARGE:
-            for tokens in (4096, 1024):
-                for group in (16, 32, 64):
+    if section == "candidates":
+        for group in (32, 64, 16):
+            yield partial(rows_candidates, make_case(LARGE[0], 4096, group, 0.9, True))
+    elif section == "forward":
+        for tokens in (4096, 1024):
+            for layer in LARGE:
+                for group in (64, 32, 16):
                     yield partial(rows_forward, make_case(layer, tokens, group, 0.9))
     elif section == "training":
         for layer in LARGE:
-            for group in (16, 32, 64):
+            for group in (64, 32, 16):
                 yield partial(rows_training, make_case(layer, 4096, group, 0.9, True))
         for group in (32, 64):
             yield partial(rows_training, make_case(LARGE[0], 4096, group, 0.95, True))
@@ -265,18 +321,19 @@ def works(section: str) -> Iterator[Work]:
                 for tokens in (1, 4, 8, 16):
                     yield partial(rows_gemv, make_case(layer, tokens, 1, sparsity))
     elif section == "vit":
-        for layer in VIT:
-            for tokens in (4096, 12544):
-                for group in (32, 64):
-                    yield partial(rows_forward, make_case(layer, tokens, group, 0.9))
+        for training in (False, True):
+            for tokens in (12544, 4096) if not training else (12544,):
+                for group in (64, 32):
+                    for layer in VIT:
+                        yield partial(rows_vit, make_case(layer, tokens, group, 0.9, training))
     elif section == "grid":
         for sparsity in (0.9, 0.8, 0.95):
             for group in (32, 64, 16, 128, 8):
                 for tokens in (16, 64, 256, 1024, 4096):
                     yield partial(rows_forward, make_case(LARGE[0], tokens, group, sparsity), detailed=False)
     elif section == "peers":
-        for group in (16, 32, 64):
-            for tokens in (1024, 4096):
+        for tokens in (4096, 1024):
+            for group in (16, 32, 64):
                 yield partial(rows_peers, make_case(LARGE[0], tokens, group, 0.9))
     elif section == "dtypes":
         for dtype in ("float16", "float32"):
@@ -284,48 +341,38 @@ def works(section: str) -> Iterator[Work]:
                 yield partial(rows_forward, make_case(LARGE[0], 4096, group, 0.9, dtype=dtype), detailed=False)
 
 
-def plot(path: Path) -> Path:
-    """Speed-up over tokens for each sparsity and V, from the rows of `grid`; a picture beside the table."""
-    import_module("matplotlib").use("Agg")
-    pyplot = import_module("matplotlib.pyplot")
-
-    with path.open(encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["section"] == "grid" and r["method"] == "layer"]
-    sparsities = sorted({r["sparsity"] for r in rows})
-    figure, axes = pyplot.subplots(1, max(len(sparsities), 1), figsize=(4.5 * max(len(sparsities), 1), 4), sharey=True,
-                                   squeeze=False)  # fmt: skip
-    for axis, sparsity in zip(axes[0], sparsities, strict=True):
-        for group in sorted({int(r["group"]) for r in rows}):
-            cells = sorted((int(r["tokens"]), float(r["speedup"])) for r in rows
-                           if r["sparsity"] == sparsity and int(r["group"]) == group)  # fmt: skip
-            axis.plot([t for t, _ in cells], [s for _, s in cells], marker="o", label=f"V = {group}")
-        axis.axhline(1, color="black", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{float(sparsity):.1%} sparse")
-        axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-    axes[0][0].set_ylabel("speed-up over dense (cuBLAS)")
-    axes[0][0].legend()
-    figure.suptitle(f"4096 x 4096, bfloat16, {rows[0]['gpu'] if rows else ''}")
-    figure.tight_layout()
-    out = path.with_suffix(".png")
-    figure.savefig(out, dpi=150)
-    return out
+def first_cases(sections: Sequence[str]) -> list[Case]:
+    """Cases whose tuning compiles what the sections need: one of every V, dtype and range of tokens."""
+    found = [make_case(LARGE[0], 4096, group, 0.9, True) for group in (16, 32, 64)]
+    if "grid" in sections:
+        found += [make_case(LARGE[0], 4096, group, 0.9) for group in (128, 8)]
+        found += [make_case(LARGE[0], n, group, 0.9) for n in (16, 64, 256) for group in (16, 32, 64, 128, 8)]
+    if "dtypes" in sections:
+        found += [make_case(LARGE[0], 4096, g, 0.9, dtype=d) for d in ("float16", "float32") for g in (16, 32, 64)]
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="time limit (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("grouped-fan-in.csv"), help="table to write (%(default)s)")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="which, in which order")
+    parser.add_argument("--sections", nargs="+", choices=LIMITS, default=list(LIMITS), help="which, in which order")
+    parser.add_argument("--limit", nargs="+", default=[], metavar="SECTION=SECONDS", help="time limits of sections")
     parser.add_argument("--plot", type=Path, metavar="CSV", help="only draw the picture of a table")
     options = parser.parse_args(arguments)
     if options.plot:
-        print(plot(options.plot))
+        print(import_module("sparselearn.kernels.grouped_fan_in.plot").plot(options.plot))
         return
+    limits = LIMITS | {name: float(limit) for name, _, limit in (text.partition("=") for text in options.limit)}
     run = Run(options.out, options.seconds)
+    if set(options.sections) - {"gemv", "peers"}:
+        begin = time.monotonic()
+        compile_ahead(first_cases(options.sections))
+        print(f"compiling took {time.monotonic() - begin:.0f} s", flush=True)
     for section in options.sections:
-        run.take(section, works(section))
-    crossover.table().save()
-    print("\n== best blocks (tokens, inputs, warps, stages, swap) by kernel, G, V, K, dtype, log2 tokens")
+        run.take(section, works(section), limits[section])
+        crossover.table().save()
+    print("\n== best blocks (tokens, inputs, warps, stages, swap, ahead) by kernel, G, V, K, dtype, log2 tokens")
     for key, blocks in sorted(crossover.table().blocks.items(), key=str):
         print(key, blocks)
     print(options.out, crossover.table().path)

@@ -1,37 +1,55 @@
-"""A whole training step of a GPT-like stack, dense against grouped sparse, both compiled: time and peak memory."""
+"""A whole training step of a GPT-like stack, dense against grouped sparse, both compiled: time and peak memory.
 
-import copy
+What is compiled is the block, once for all of its layers, and the head with the loss. Each layer takes the way that was
+measured to be its fastest: dense, sparse, or with the gradient of the input collected.
+"""
+
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparselearn.kernels.crossover import Case, table
-from sparselearn.kernels.crossover_measure import tune
+from sparselearn.kernels.crossover import Case, bucket, choose
+from sparselearn.kernels.crossover_measure import ensure
 from sparselearn.kernels.grouped_fan_in import by_input, linear
-from sparselearn.kernels.grouped_fan_in.bench import Layer, Row, Work, make_case, quick
-from sparselearn.kernels.grouped_fan_in.launch import tuned
+from sparselearn.kernels.grouped_fan_in.bench import Row, Work, make_case
 
 DEVICE = "cuda"
-WIDTH, LAYERS, HEADS, LENGTH, BATCH, VOCABULARY = 2048, 4, 16, 1024, 8, 8192
+
+
+class Size(NamedTuple):
+    width: int
+    layers: int
+    heads: int = 16
+    length: int = 1024
+    batch: int = 8
+    vocabulary: int = 8192
+
+
+SIZES = (Size(2048, 4), Size(4096, 2, 32))
 
 
 class Grouped(nn.Module):
     """A grouped layer without what a library needs: float32 values, products in bfloat16."""
 
-    def __init__(self, layer: nn.Linear, group: int, sparsity: float, collected: bool, by_feature: bool) -> None:
+    indices: Tensor
+    order: Tensor
+    starts: Tensor
+
+    def __init__(self, case: Case, collected: bool, by_feature: bool) -> None:
         super().__init__()
-        neurons, inputs = layer.weight.shape
-        fan_in = make_case((neurons, inputs), 1, group, sparsity).fan_in
-        indices = torch.rand(neurons // group, inputs, device=DEVICE).topk(fan_in, 1).indices.sort(1).values
-        self.values = nn.Parameter(torch.randn(neurons // group, group, fan_in, device=DEVICE) * fan_in**-0.5)
-        self.bias = nn.Parameter(torch.zeros(neurons, device=DEVICE))
-        self.indices = indices.to(torch.int16)
-        self.order, self.starts = by_input(indices, inputs)
+        groups = case.neurons // case.group
+        indices = torch.rand(groups, case.inputs, device=DEVICE).topk(case.fan_in, 1).indices.sort(1).values
+        self.values = nn.Parameter(torch.randn(groups, case.group, case.fan_in, device=DEVICE) * case.fan_in**-0.5)
+        self.bias = nn.Parameter(torch.zeros(case.neurons, device=DEVICE))
+        for name, places in zip(
+            ("indices", "order", "starts"), (indices, *by_input(indices, case.inputs)), strict=True
+        ):
+            self.register_buffer(name, places.to(torch.int16) if name == "indices" else places)
         self.collected, self.by_feature = collected, by_feature
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,15 +59,20 @@ class Grouped(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+Make = Callable[[str, int, int], nn.Module]
+"""(name, neurons, inputs) -> a layer."""
+
+
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, size: Size, make: Make) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.heads, d = size.heads, size.width
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = make("qkv", 3 * d, d), make("out", d, d)  # q, k and v share one copy of their input
+        self.up, self.down = make("up", 4 * d, d), make("down", d, 4 * d)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         hidden: Tensor = self.up(self.norm2(x))
@@ -57,30 +80,40 @@ class Block(nn.Module):
         return y
 
 
-class Gpt(nn.Module):
-    def __init__(self) -> None:
+class Head(nn.Module):
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.embedding, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.norm, self.logits = nn.LayerNorm(size.width), nn.Linear(size.width, size.vocabulary, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits: Tensor = self.logits(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Gpt(nn.Module):
+    def __init__(self, size: Size, make: Make, compiled: Callable[[nn.Module], Any] = torch.compile) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocabulary, size.width)
+        self.positions = nn.Embedding(size.length, size.width)
+        self.blocks = nn.ModuleList(compiled(Block(size, make)) for _ in range(size.layers))
+        self.head = compiled(Head(size))
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         x = self.embedding(ids) + self.positions.weight
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss: Tensor = self.head(x, targets)
+        return loss
 
 
-def step_seconds(model: nn.Module, steps: int = 10) -> tuple[float, int]:
-    """Seconds of a compiled training step, and its peak memory in bytes, parameters and optimizer included."""
+def step_seconds(model: nn.Module, size: Size, steps: int = 10) -> tuple[float, int]:
+    """Seconds of a training step, and its peak memory in bytes, parameters and optimizer included."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    compiled: Callable[..., Any] = torch.compile(model)
-    ids = torch.randint(VOCABULARY, (BATCH, LENGTH), device=DEVICE)
+    ids = torch.randint(size.vocabulary, (size.batch, size.length), device=DEVICE)
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = compiled(ids, ids)
+            loss = model(ids, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -98,41 +131,42 @@ def step_seconds(model: nn.Module, steps: int = 10) -> tuple[float, int]:
     return start.elapsed_time(stop) / 1e3 / steps, torch.cuda.max_memory_allocated()
 
 
-def works_step(sparsity: float = 0.9) -> Iterator[Work]:
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        dense = Gpt()
-    case = Case(WIDTH, WIDTH, 1, WIDTH, "bfloat16", True, BATCH * LENGTH)
-    row = _row(case, "dense, compiled", copy.deepcopy(dense))
-    yield lambda: [row]
-    for group in (64, 32):
-        for collected in (False, True):
-            yield partial(_pair, row, partial(_sparse_row, dense, group, sparsity, collected))
+def works_step(sparsity: float = 0.9, sizes: tuple[Size, ...] = SIZES) -> Iterator[Work]:
+    for size in sizes:
+        dense: list[Row] = []
+        yield partial(_dense_rows, size, dense)
+        for group in (64, 32):
+            yield partial(_sparse_rows, size, group, sparsity, dense)
 
 
-def _pair(dense: Row, sparse: Callable[[], Row]) -> list[Row]:
-    return [dense, sparse()]
+def _dense_rows(size: Size, into: list[Row]) -> list[Row]:
+    case = Case(size.width, size.width, 1, size.width, "bfloat16", True, size.batch * size.length)
+    into.append(_row(case, "dense, compiled", size, lambda _, neurons, inputs: nn.Linear(inputs, neurons)))
+    return into
 
 
-def _sparse_row(dense: Gpt, group: int, sparsity: float, collected: bool) -> Row:
-    for shape in ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)):
-        part = make_case(shape, BATCH * LENGTH, group, sparsity, True)
-        layer = Layer(part)
-        if tuned("forward", layer.sets[0][0], part.tokens) is None:
-            tune(part, layer.sets, layer.x, layer.grad, quick, table())
-        del layer
-    model = copy.deepcopy(dense)
-    make = partial(Grouped, group=group, sparsity=sparsity, collected=collected)
-    for block in model.blocks:
-        for name in ("qkv", "out", "up", "down"):
-            setattr(block, name, make(getattr(block, name), by_feature=name == "up"))
-    sparse = make_case((WIDTH, WIDTH), BATCH * LENGTH, group, sparsity, True)
-    return _row(sparse, f"{'collected' if collected else 'sparse'}, compiled", model)
+def _sparse_rows(size: Size, group: int, sparsity: float, dense: list[Row]) -> list[Row]:
+    tokens, taken = size.batch * size.length, {}
+
+    def make(name: str, neurons: int, inputs: int) -> nn.Module:
+        case = make_case((neurons, inputs), bucket(tokens), group, sparsity, True)
+        ensure(case)
+        way = taken[name] = choose(*case)
+        return nn.Linear(inputs, neurons) if way == "dense" else Grouped(case, way == "collected", name == "up")
+
+    case = make_case((size.width, size.width), tokens, group, sparsity, True)
+    row = _row(case, "sparse, compiled", size, make)
+    ways = " ".join(f"{name}={way}" for name, way in taken.items())
+    return [*dense, row._replace(detail=f"{row.detail}; {ways}")]
 
 
-def _row(case: Case, name: str, model: nn.Module) -> Row:
+def _row(case: Case, name: str, size: Size, make: Make) -> Row:
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()
-    seconds, peak = step_seconds(model)
-    return Row(case, name, seconds, f"whole step of GPT d={WIDTH} x{LAYERS}, peak {peak / 2**30:.2f} GiB")
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Gpt(size, make)
+    seconds, peak = step_seconds(model, size)
+    detail = f"whole step of GPT d={size.width} x{size.layers}; peak {peak / 2**30:.2f} GiB"
+    return Row(case, name, seconds, detail)

@@ -19,26 +19,35 @@ PARTIAL_BYTES = 24 * 2**20  # of partial sums at a time in `grad_input_collected
 
 
 class Blocks(NamedTuple):
-    """The shape of one program's work. `swap` is read by the forward kernel alone."""
+    """The shape of one program's work. `swap` and `ahead` are read by the forward kernel alone."""
 
     tokens: int
     inputs: int
     warps: int
     stages: int
     swap: bool = False
+    ahead: bool = False
 
 
 FORWARD = (  # candidates for tuning, the widest first
     Blocks(256, 32, 8, 4), Blocks(256, 64, 8, 3), Blocks(256, 32, 8, 4, True), Blocks(256, 64, 8, 3, True),
-    Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 4), Blocks(128, 64, 8, 4), Blocks(128, 128, 8, 3),
-    Blocks(128, 64, 4, 3, True), Blocks(128, 64, 8, 3, True), Blocks(128, 32, 4, 4, True), Blocks(128, 32, 4, 6, True),
-    Blocks(128, 64, 4, 4, True), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3, True), Blocks(64, 64, 4, 5, True),
-    Blocks(16, 64, 2, 5), Blocks(16, 64, 4, 5), Blocks(16, 128, 4, 4),
+    *(Blocks(256, *rest, swap, True) for swap in (False, True)
+      for rest in ((64, 8, 2), (64, 8, 3), (32, 8, 4), (32, 8, 3), (32, 4, 4), (64, 4, 2))),
+    Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 4), Blocks(128, 128, 8, 3), Blocks(128, 64, 4, 3, True),
+    Blocks(128, 64, 8, 3, True), Blocks(128, 32, 4, 4, True), Blocks(128, 64, 4, 4, True),
+    *(Blocks(128, *rest, swap, True) for swap in (False, True)
+      for rest in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 6), (128, 4, 2), (128, 8, 3), (64, 8, 3))),
+    Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3, True), Blocks(64, 64, 4, 5, True), Blocks(64, 64, 4, 4, False, True),
+    Blocks(64, 64, 4, 4, True, True), Blocks(64, 128, 4, 3, True, True),
+    Blocks(16, 64, 2, 5), Blocks(16, 64, 4, 5), Blocks(16, 128, 4, 4), Blocks(16, 64, 2, 5, False, True),
+    Blocks(16, 128, 4, 4, False, True),
 )  # fmt: skip
 GRAD_VALUES = (
     Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 4), Blocks(64, 128, 4, 3), Blocks(64, 128, 8, 4), Blocks(128, 64, 4, 3),
     Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 3), Blocks(64, 128, 4, 4), Blocks(32, 64, 4, 4),
+    Blocks(64, 128, 4, 5), Blocks(128, 128, 8, 4), Blocks(128, 128, 4, 3),
 )  # fmt: skip
+COPY = (Blocks(64, 64, 4, 1), Blocks(128, 64, 8, 1), Blocks(128, 64, 4, 1), Blocks(64, 128, 8, 1), Blocks(64, 32, 2, 1))
 
 
 def tuning_key(kernel: str, values: Tensor, tokens: int) -> tuple[object, ...]:
@@ -66,6 +75,12 @@ def forward_blocks(values: Tensor, tokens: int) -> Blocks:
     else:
         best = Blocks(128, 64, 4, 3, group == 16)
     return best._replace(inputs=32) if values.itemsize == 4 else best
+
+
+def copy_blocks(dtype: torch.dtype) -> Blocks:
+    """Of the transposing copy."""
+    found = crossover.table().blocks.get(("copy", str(dtype).removeprefix("torch.")))
+    return COPY[0] if found is None else Blocks(*found)
 
 
 def grad_blocks(values: Tensor, tokens: int) -> Blocks:
@@ -127,7 +142,7 @@ def forward(
     kernels.forward_kernel[(groups * triton.cdiv(tokens, blocks.tokens),)](
         x, values, indices, bias, out, tokens, limit, groups, fan_in, *x.stride(), *out.stride(),
         V=group, BT=blocks.tokens, BK=blocks.inputs, SWAP=blocks.swap, STAGES=blocks.stages,
-        ACTIVATION=activation, HAS_BIAS=bias is not None,
+        AHEAD=blocks.ahead, ACTIVATION=activation, HAS_BIAS=bias is not None,
         EVEN=fan_in % blocks.inputs == 0 and tokens % blocks.tokens == 0,
         NARROW=indices.itemsize == 2, WIDE=is_wide(x, out), PRECISION=precision(x.dtype), num_warps=blocks.warps,
     )  # fmt: skip
@@ -148,7 +163,11 @@ def grad_values(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, blocks
     splits = triton.cdiv(tokens, per_split)
     dtype = values.dtype if splits == 1 else torch.float32
     out = torch.empty((splits, *values.shape), dtype=dtype, device=x.device)
-    _weight_gradient(grad, x, indices, out, group, fan_in, blocks, (programs, splits, per_split))
+    kernels.weight_gradient_kernel[(programs, splits)](
+        grad, x, indices, out, tokens, per_split, fan_in, out[0].numel(), *grad.stride(), *x.stride(),
+        V=group, BT=blocks.tokens, BK=blocks.inputs, STAGES=blocks.stages, NARROW=indices.itemsize == 2,
+        WIDE=is_wide(grad, x), PRECISION=precision(x.dtype), num_warps=blocks.warps,
+    )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(values.dtype)
 
 
@@ -159,23 +178,14 @@ def scores(grad: Tensor, x: Tensor, group: int) -> Tensor:
     out = torch.zeros if tokens == 0 else torch.empty
     result: Tensor = out((groups, inputs), dtype=torch.float32, device=x.device)
     if tokens:
-        blocks = Blocks(32 if x.itemsize == 4 else 64, 128 if group < 128 else 64, 4, 3)
-        grid = (groups * triton.cdiv(inputs, blocks.inputs), 1, triton.cdiv(tokens, blocks.tokens) * blocks.tokens)
-        _weight_gradient(grad, x, None, result, group, inputs, blocks, grid)
+        block_n, block_t, block_k = (max(64, group), 32, 64) if x.itemsize == 4 else (128, 64, 128)
+        grid = (triton.cdiv(groups * group, block_n) * triton.cdiv(inputs, block_k),)
+        kernels.scores_kernel[grid](
+            grad, x, result, tokens, groups, inputs, *grad.stride(), *x.stride(),
+            V=group, BN=block_n, BT=block_t, BK=block_k, STAGES=3, WIDE=is_wide(grad, x),
+            PRECISION=precision(x.dtype), num_warps=8,
+        )  # fmt: skip
     return result
-
-
-def _weight_gradient(
-    grad: Tensor, x: Tensor, indices: Tensor | None, out: Tensor, group: int, fan_in: int, blocks: Blocks,
-    grid: tuple[int, int, int],
-) -> None:  # fmt: skip
-    programs, splits, per_split = grid
-    kernels.weight_gradient_kernel[(programs, splits)](
-        grad, x, indices, out, len(x), per_split, fan_in, out[0].numel(), *grad.stride(), *x.stride(),
-        V=group, BT=blocks.tokens, BK=blocks.inputs, STAGES=blocks.stages, SCORES=indices is None,
-        NARROW=indices is not None and indices.itemsize == 2, WIDE=is_wide(grad, x), PRECISION=precision(x.dtype),
-        num_warps=blocks.warps,
-    )  # fmt: skip
 
 
 def densify(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
@@ -222,20 +232,29 @@ def grad_input_collected(grad: Tensor, values: Tensor, order: Tensor, starts: Te
             grad, values, partial, first, here, groups, fan_in, portion, *grad.stride(),
             V=group, BT=block_t, BK=block_k, WIDE=wide, PRECISION=precision(grad.dtype), num_warps=4,
         )  # fmt: skip
-        kernels.collect_kernel[(triton.cdiv(inputs, 16), triton.cdiv(here, 128))](
-            partial, order, starts, out, first, here, inputs, portion, *out.stride(), BI=16, BT=128, WIDE=wide,
-            num_warps=4,
+        tile = 128 if here >= 512 else 64  # enough programs for all processors
+        kernels.collect_kernel[(triton.cdiv(inputs, 16), triton.cdiv(here, tile))](
+            partial, order, starts, out, first, here, inputs, portion, *out.stride(), BI=16, BT=tile, WIDE=wide,
+            num_warps=tile // 32,
         )  # fmt: skip
     return out
 
 
-def feature_major(x: Tensor) -> Tensor:
+def feature_major(x: Tensor, blocks: Blocks | None = None) -> Tensor:
     """A copy of x [T, I] whose memory is laid out by feature, padded with zeros to a multiple of 16 tokens."""
     tokens, inputs = x.shape
     out = activations(x, inputs, True)
     padded = out.stride(1)
     if out.numel():
-        kernels.feature_major_kernel[(triton.cdiv(padded, 64) * triton.cdiv(inputs, 64),)](
-            x, out, tokens, padded, inputs, *x.stride(), BT=64, BI=64, num_warps=4
+        blocks = blocks or copy_blocks(x.dtype)
+        grid = (triton.cdiv(padded, blocks.tokens) * triton.cdiv(inputs, blocks.inputs),)
+        kernels.feature_major_kernel[grid](
+            x, out, tokens, padded, inputs, *x.stride(), BT=blocks.tokens, BI=blocks.inputs, num_warps=blocks.warps
         )
     return out
+
+
+def token_major(x: Tensor) -> Tensor:
+    """A contiguous copy of x [T, I] that lies by feature: the way back, at the same speed."""
+    copy = feature_major(x.mT).mT
+    return copy if copy.is_contiguous() else copy.contiguous()

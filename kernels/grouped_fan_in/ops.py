@@ -7,6 +7,7 @@ On CUDA they run the Triton kernels, elsewhere the formulas of `reference.py`.
     sparselearn::grouped_grad_input    gradient of the input
     sparselearn::grouped_scores        |dL/dW| summed over groups, for growth
     sparselearn::by_feature            a copy of activations that is laid out by feature; differentiable
+    sparselearn::grouped_dense         the weight written out; differentiable
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselearn.errors import SparsityError
+from sparselearn.kernels.condensed.reference import unsigned
 from sparselearn.kernels.grouped_fan_in import reference
 from sparselearn.kernels.grouped_fan_in.layout import activations, is_by_feature
 
@@ -63,6 +65,29 @@ def linear(
     fused = "none" if needs_grad else activation
     y = torch.ops.sparselearn.grouped_linear(x, values, indices, bias, order, starts, fused, by_feature, native)
     return y if fused == activation else ACTIVATIONS[activation](y)  # type: ignore[no-any-return]
+
+
+def by_feature(x: Tensor) -> Tensor:
+    """A copy of activations [..., I] that lies by feature, for several layers that read the same x.
+
+    A layer copies what is not by feature itself; q, k and v, or gate and up, share one copy when they are given this
+    one. Cast x to the dtype of the products first. The gradient comes back token by token, summed before its own copy.
+
+    >>> x = by_feature(torch.ones(2, 3, 8))
+    >>> x.shape, x.stride()
+    (torch.Size([2, 3, 8]), (3, 1, 16))
+    """
+    if x.ndim == 0:
+        raise SparsityError("Activations to lay out by feature need the shape [..., I]; got a single number.")
+    flat = torch.ops.sparselearn.by_feature(x.reshape(-1, x.shape[-1]))
+    return flat.view(x.shape)  # type: ignore[no-any-return]
+
+
+def dense(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """`reference.dense`, differentiable in values: on CUDA every number of the weight is written once."""
+    if values.is_cuda and (values.dtype not in _FLOATS or values.shape[1] not in GROUPS):
+        return reference.dense(values, indices, in_features)
+    return torch.ops.sparselearn.grouped_dense(values, indices, in_features)  # type: ignore[no-any-return]
 
 
 def scores(grad: Tensor, x: Tensor, group: int) -> Tensor:
@@ -128,7 +153,23 @@ def _(x: Tensor) -> Tensor:
 
 
 def _by_feature_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return grad  # of any strides
+    # Layers that share the copy send their gradients by feature; what made x reads it token by token.
+    across = grad.stride(0) == 1 and not grad.is_contiguous()
+    return torch.ops.sparselearn.by_token(grad) if across else grad
+
+
+@torch.library.custom_op("sparselearn::by_token", mutates_args=())
+def _by_token(x: Tensor) -> Tensor:
+    if x.is_cuda:
+        from sparselearn.kernels.grouped_fan_in import launch
+
+        return launch.token_major(x)
+    return _filled(activations(x, x.shape[1], False), x)
+
+
+@_by_token.register_fake
+def _(x: Tensor) -> Tensor:
+    return activations(x, x.shape[1], False)
 
 
 _by_feature.register_autograd(_by_feature_backward)
@@ -232,3 +273,32 @@ def _scores(grad: Tensor, x: Tensor, group: int) -> Tensor:
 @_scores.register_fake
 def _(grad: Tensor, x: Tensor, group: int) -> Tensor:
     return grad.new_empty((grad.shape[1] // group, x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("sparselearn::grouped_dense", mutates_args=())
+def _dense(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    if values.is_cuda:
+        from sparselearn.kernels.grouped_fan_in import launch
+
+        return launch.densify(values.contiguous(), indices.contiguous(), in_features)
+    return reference.dense(values, indices, in_features)
+
+
+@_dense.register_fake
+def _(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    return values.new_empty((values.shape[0] * values.shape[1], in_features))
+
+
+def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, indices, _ = inputs
+    ctx.group = values.shape[1]
+    ctx.save_for_backward(indices)
+
+
+def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (indices,) = ctx.saved_tensors
+    places = unsigned(indices)[:, None].expand(-1, ctx.group, -1)
+    return grad.unflatten(0, (len(indices), ctx.group)).gather(2, places), None, None
+
+
+_dense.register_autograd(_dense_backward, setup_context=_dense_setup)

@@ -234,7 +234,7 @@ class GroupedFanInLinear(SparseModule):
     def _active_product(self, x_TI: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         way = self._way(x_TI, values)
         if way == "dense":
-            return F.linear(x_TI, kernel.reference.dense(values, self.indices, self.in_features), bias)
+            return F.linear(x_TI, kernel.dense(values, self.indices, self.in_features), bias)
         transposed = (self.order, self.starts) if way == "collected" else None
         return kernel.linear(x_TI, values, self.indices, bias, by_feature=self.by_feature, transposed=transposed)
 
