@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparselearn import SparsityError
-from sparselearn.checkpoint import encodings, inspect, load_masks, load_state_dict, save, verify
+from sparselearn.checkpoint import bits, encodings, inspect, load_masks, load_state_dict, save, verify
 from sparselearn.checkpoint.encodings import Bitmask, Condensed, Csr, Dense, Packed, choose
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
@@ -286,15 +286,45 @@ def test_every_encoding_with_every_dtype(tmp_path, kind, dtype):
     assert same(load_masks(tmp_path)["w"], mask)
 
 
-@pytest.mark.parametrize("size", [encodings.BLOCK - 1, encodings.BLOCK, encodings.BLOCK + 1, 3 * encodings.BLOCK])
-def test_gather_and_scatter_across_blocks(size):
+@pytest.mark.parametrize("density", [0.02, 0.07, 0.3])
+@pytest.mark.parametrize("size", [bits.BLOCK - 1, bits.BLOCK, bits.BLOCK + 1, 3 * bits.BLOCK])
+def test_gather_and_scatter_across_blocks(size, density):
     generator = np.random.default_rng(0)
-    values, mask = generator.integers(1, 2**16, size, dtype=np.uint16), generator.random(size) < 0.3
-    kept = encodings.gather(values, mask, int(mask.sum()))
+    values, mask = generator.integers(1, 2**16, size, dtype=np.uint16), generator.random(size) < density
+    kept = bits.gather(values, mask, int(mask.sum()))
     assert np.array_equal(kept, values[mask])
+    assert bits.count(bits.pack(mask)) == len(kept)
     out = np.full_like(values, 7)
-    encodings.scatter(kept, mask, out)
+    bits.scatter(kept, bits.pack(mask), out)
     assert np.array_equal(out, values * mask)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (1, 8), (5, 8)])
+@pytest.mark.parametrize("size", [8, bits.BLOCK - 8, bits.BLOCK + 8, 2 * bits.BLOCK])
+def test_scatter_of_groups_looks_places_up(size, n, m, dtype):
+    generator = np.random.default_rng(0)
+    mask = (generator.random((size // m, m)).argsort(1) < n).reshape(-1)
+    layout = Packed(n, m, 0)
+    packed = layout.decode_bits(layout.encode(mask, (size,)), (size,), size // m * n)
+    assert np.array_equal(packed, bits.pack(mask))
+    assert layout.per_byte((size,)) == 8 // m * n
+    values = generator.integers(1, 200, size).astype(dtype)
+    out = np.full_like(values, 7)
+    bits.scatter(values[mask], packed, out, layout.per_byte((size,)))
+    assert np.array_equal(out, values * mask)
+
+
+def test_bits_are_those_of_the_decoded_mask():
+    """Groups along a dimension that is not the last, and groups that no byte holds whole."""
+    for layout, shape in ((Packed(2, 4, 0), (8, 6)), (Packed(1, 3, 1), (5, 9)), (Packed(2, 4, 1), (3, 8, 2, 2))):
+        groups = np.random.default_rng(0).random((math.prod(shape) // layout.m, layout.m)).argsort(1) < layout.n
+        lines = [size for dim, size in enumerate(shape) if dim != layout.dim]
+        mask = np.moveaxis(groups.reshape(*lines, shape[layout.dim]), -1, layout.dim).reshape(-1)
+        parts, nnz = layout.encode(mask, shape), int(mask.sum())
+        assert np.array_equal(layout.decode_bits(parts, shape, nnz), bits.pack(layout.decode(parts, shape, nnz)))
+        assert np.array_equal(layout.decode(parts, shape, nnz), mask)
+        assert layout.per_byte(shape) == 0
 
 
 def test_kept_zeros_stay_in_the_mask_and_stored_values_are_row_major(tmp_path):

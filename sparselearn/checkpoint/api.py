@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparselearn import distributed
-from sparselearn.checkpoint import encodings, files
+from sparselearn.checkpoint import bits, files
+from sparselearn.checkpoint.bits import Array
 from sparselearn.checkpoint.manifest import Manifest, WeightInfo, hash_of
 from sparselearn.checkpoint.saving import save
 from sparselearn.checkpoint.tensors import in_order, named_tensors, plain_model
@@ -49,31 +50,40 @@ class _Stored:
     info: WeightInfo
     tensors: Mapping[str, Tensor]  # mapped, not read
 
-    def array(self, key: str) -> encodings.Array:
+    def array(self, key: str) -> Array:
         tensor = self.tensors[key]
         return files.bits_of(tensor).reshape(tensor.shape)
 
     @property
-    def values(self) -> encodings.Array:
+    def values(self) -> Array:
         return self.array(self.info.values_key).reshape(-1)
 
-    def mask(self) -> encodings.Mask | None:
-        """Flat; decoded anew at each call."""
+    def mask_bits(self) -> Array | None:
+        """The mask, packed."""
         info = self.info
         if not info.masked:
             return None
         parts = {part: self.array(info.key(part)) for part in info.layout.parts(info.shape, info.nnz)}
-        return info.layout.decode(parts, info.shape, info.nnz)
+        return info.layout.decode_bits(parts, info.shape, info.nnz)
 
-    def write(self, mask: encodings.Mask | None, out: Tensor) -> None:
+    def mask(self, packed: Array | None) -> Tensor | None:
+        """From `mask_bits`, as a user sees it."""
+        if packed is None:
+            return None
+        if not self.info.size:  # torch gives empty arrays a stride of 0, and then refuses to view them
+            return torch.empty(self.info.shape, dtype=torch.bool)
+        return torch.from_numpy(bits.unpack(packed, self.info.size)).view(self.info.shape)
+
+    def write(self, packed: Array | None, out: Tensor) -> None:
         """The dense weight into a contiguous CPU tensor."""
-        if mask is None or self.info.encoding == "dense":
+        info = self.info
+        if packed is None or info.encoding == "dense":
             files.bits_of(out)[:] = self.values
         else:
-            encodings.scatter(self.values, mask, files.bits_of(out))
+            bits.scatter(self.values, packed, files.bits_of(out), info.layout.per_byte(info.shape))
 
 
-Then = Callable[[_Stored, encodings.Mask | None], T]
+Then = Callable[[_Stored, Array | None], T]  # the mask comes packed
 
 
 def _read(path: Path, want: Callable[[WeightInfo], bool], then: Then[T]) -> Iterator[T]:
@@ -83,52 +93,49 @@ def _read(path: Path, want: Callable[[WeightInfo], bool], then: Then[T]) -> Iter
 
     def check(stored: _Stored) -> T:
         try:
-            mask = _checked_mask(stored)
+            packed = _checked_mask(stored)
         except SparsityError as error:
             raise SparsityError(
                 f"`{stored.info.name}` of `{path}` is damaged: {error}. Take another copy of the checkpoint."
             ) from None
-        return then(stored, mask)
+        return then(stored, packed)
 
     yield from in_order(check, (_Stored(info, reader.read(info)) for info in manifest.weights if want(info)))
 
 
-def _checked_mask(stored: _Stored) -> encodings.Mask | None:
-    """The mask, flat, of a weight all of whose bytes are right."""
+def _checked_mask(stored: _Stored) -> Array | None:
+    """The mask, packed, of a weight all of whose bytes are right."""
     info, values = stored.info, stored.values
     if info.dtype == torch.bool and bool((values > 1).any()):
         raise SparsityError("its bools must be 0 or 1; some are not")
-    mask = stored.mask()
+    packed = stored.mask_bits()
     kept = values
-    if mask is not None:
-        if (nnz := int(np.count_nonzero(mask))) != info.nnz:
+    if packed is not None:
+        if (nnz := bits.count(packed)) != info.nnz:
             raise SparsityError(f"its mask must have {info.nnz} active weights; it has {nnz}")
-        if hash_of(encodings.pack(mask)) != info.mask_hash:
+        if hash_of(packed) != info.mask_hash:
             raise SparsityError("its mask is not the one that was saved")
         if info.encoding == "dense" and info.nnz < info.size:
-            kept = encodings.gather(values, mask, info.nnz)
+            kept = bits.gather(values, bits.unpack(packed, info.size), info.nnz)
             if np.count_nonzero(values) != np.count_nonzero(kept):
                 raise SparsityError("it has weights outside of its mask that are not +0")
     if hash_of(kept) != info.values_hash:
         raise SparsityError("its values are not those that were saved")
-    return mask
+    return packed
 
 
-def _dense(stored: _Stored, mask: encodings.Mask | None) -> tuple[WeightInfo, Tensor, Tensor | None]:
+def _dense(stored: _Stored, packed: Array | None) -> tuple[WeightInfo, Tensor, Tensor | None]:
     """Entry, dense tensor and mask."""
+    return stored.info, _dense_tensor(stored, packed), stored.mask(packed)
+
+
+def _dense_tensor(stored: _Stored, packed: Array | None) -> Tensor:
     info = stored.info
-    if mask is None or info.encoding == "dense":
-        tensor = stored.tensors[info.values_key]
-    else:
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        stored.write(mask, tensor)
-    return info, tensor, None if mask is None else _tensor(mask, info.shape)
-
-
-def _tensor(mask: encodings.Mask, shape: tuple[int, ...]) -> Tensor:
-    if not mask.size:  # torch gives empty arrays a stride of 0, and then refuses to view them
-        return torch.empty(shape, dtype=torch.bool)
-    return torch.from_numpy(mask).view(shape)
+    if packed is None or info.encoding == "dense":
+        return stored.tensors[info.values_key]
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    stored.write(packed, tensor)
+    return tensor
 
 
 def iterate(path: str | Path) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -149,7 +156,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SparsityError: no checkpoint, or a damaged one.
     """
-    return {name: tensor for info, tensor, _ in _read(Path(path), _all, _dense) for name in (info.name, *info.aliases)}
+    found = _read(Path(path), _all, lambda stored, packed: (stored.info, _dense_tensor(stored, packed)))
+    return {name: tensor for info, tensor in found for name in (info.name, *info.aliases)}
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -158,8 +166,8 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SparsityError: no checkpoint, or one whose masks or masked weights are damaged.
     """
-    masked = _read(Path(path), lambda info: info.masked, lambda stored, mask: (stored.info, mask))
-    return {info.name: _tensor(mask, info.shape) for info, mask in masked if mask is not None}
+    masked = _read(Path(path), lambda info: info.masked, lambda stored, packed: (stored.info, stored.mask(packed)))
+    return {info.name: mask for info, mask in masked if mask is not None}
 
 
 def verify(path: str | Path) -> None:
@@ -168,7 +176,7 @@ def verify(path: str | Path) -> None:
     Raises:
         SparsityError: no checkpoint, or a damaged one; names the first damaged tensor.
     """
-    deque(_read(Path(path), _all, lambda stored, mask: None), maxlen=0)
+    deque(_read(Path(path), _all, lambda stored, packed: None), maxlen=0)
 
 
 def load(
@@ -208,17 +216,17 @@ def load(
         raise SparsityError(f"`sparsifier` goes with `as_='masked'`; got {as_!r}.")
     model, state = plain_model(into), named_tensors(into)
     _check_fit(Path(path), {name: tensor for name, (_, tensor) in state.items()})
-    stored = list(_read(Path(path), _all, lambda stored, mask: stored))
+    checked = list(_read(Path(path), _all, lambda stored, packed: (stored, packed)))
     tensors: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     targets = (
         _own_memory({name: tensor for name, (_, tensor) in state.items()}) if sparsifier is None else {}
     )  # the sparsifier has dense weights besides
-    for info, tensor, mask in in_order(partial(_placed, targets), stored):
+    for info, tensor, mask in in_order(partial(_placed, targets, as_ != "dense"), checked):
         for name in (info.name, *info.aliases):
             key, target = state[name]
             tensors[key] = distributed.place_like(tensor, target) if type(target) is not Tensor else tensor
-        if mask is not None and as_ != "dense":
+        if mask is not None:
             masks[info.name] = mask
     if sparsifier is not None:
         if missing := sparsifier.masks.keys() - masks.keys():
@@ -244,13 +252,16 @@ def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _placed(targets: Mapping[str, Tensor], stored: _Stored) -> tuple[WeightInfo, Tensor, Tensor | None]:
+def _placed(
+    targets: Mapping[str, Tensor], with_masks: bool, checked: tuple[_Stored, Array | None]
+) -> tuple[WeightInfo, Tensor, Tensor | None]:
     """As `_dense`, but in the target where there is one, so that no second model is held."""
-    info, mask = stored.info, stored.mask()
+    stored, packed = checked
+    info, mask = stored.info, stored.mask(packed) if with_masks else None
     if info.name not in targets:
-        return _dense(stored, mask)
-    stored.write(mask, targets[info.name])
-    return info, targets[info.name], None if mask is None else _tensor(mask, info.shape)
+        return info, _dense_tensor(stored, packed), mask
+    stored.write(packed, targets[info.name])
+    return info, targets[info.name], mask
 
 
 def _check_fit(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ one row. Bit b of a packed array is bit b % 8 of byte b // 8; the bits that fill
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import ClassVar
@@ -14,14 +14,12 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from sparselearn.checkpoint.bits import Array, Mask, check_bits, pack, unpack
 from sparselearn.errors import SparsityError
 
-Array = npt.NDArray[np.unsignedinteger]
-Mask = npt.NDArray[np.bool_]
 Shape = tuple[int, ...]
 Parts = dict[str, tuple[np.dtype[np.unsignedinteger], Shape]]  # component -> its dtype and shape
 
-BLOCK = 1 << 16  # entries; the positions found in one block stay in the processor's cache
 LONGEST_GROUP = 16  # m of packed n:m, whose table of patterns has 2^m entries
 EXPANSION = 1024  # no encoding may claim more entries than this for each byte that it stores
 BYTE: np.dtype[np.unsignedinteger] = np.dtype(np.uint8)
@@ -35,52 +33,6 @@ def matrix(shape: Shape) -> tuple[int, int]:
 def index_dtype(n: int) -> np.dtype[np.unsignedinteger]:
     """The smallest type that can hold 0 to n - 1."""
     return np.dtype(np.min_scalar_type(max(n - 1, 0)))
-
-
-def pack(mask: Mask) -> Array:
-    """Bools -> bits."""
-    return np.packbits(mask, bitorder="little")
-
-
-def unpack(bits: Array, n: int, part: str) -> Mask:
-    """The inverse of `pack`."""
-    if n % 8 and bits[-1] >> n % 8:
-        raise SparsityError(f"the bits that fill up its `{part}` must be 0; some are 1")
-    return np.unpackbits(bits, count=n, bitorder="little").view(np.bool_)
-
-
-def _blocks(mask: Mask, nnz: int) -> Iterator[tuple[slice, npt.NDArray[np.intp]]]:
-    """Each block of the mask, and the places in it that are True."""
-    # Where at most a tenth is True, numpy jumps from one to the next: faster below 4 %, else half as fast as its loop
-    # over all entries. Further ones behind the block, which do not count, make it take that loop.
-    tail = BLOCK // 8 if 0.04 * len(mask) < nnz < 0.11 * len(mask) else 0
-    padded = np.ones(BLOCK + tail, np.bool_)
-    for start in range(0, len(mask), BLOCK):
-        block = mask[start : start + BLOCK]
-        if tail and len(block) == BLOCK:
-            padded[:BLOCK] = block
-            found = np.flatnonzero(padded)[:-tail]
-        else:
-            found = np.flatnonzero(block)
-        yield slice(start, start + BLOCK), found
-
-
-def gather(values: Array, mask: Mask, nnz: int) -> Array:
-    """The values where the mask is True."""
-    kept, at = np.empty(nnz, values.dtype), 0
-    for block, found in _blocks(mask, nnz):
-        values[block].take(found, out=kept[at : at + len(found)], mode="clip")  # faster than "raise"
-        at += len(found)
-    return kept
-
-
-def scatter(kept: Array, mask: Mask, values: Array) -> None:
-    """Write the kept values to their places in `values`, and zeros to the others."""
-    at = 0
-    for block, found in _blocks(mask, len(kept)):
-        values[block] = 0
-        values[block][found] = kept[at : at + len(found)]
-        at += len(found)
 
 
 def _from_rows(rows: npt.NDArray[np.int64], indices: Array, shape: Shape) -> Mask:
@@ -122,6 +74,14 @@ class Encoding:
         """The inverse of `encode`; raises `SparsityError` where the components are not what it could have made."""
         raise NotImplementedError
 
+    def decode_bits(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Array:
+        """What `decode` gives, packed; no bools are made where the components hold the bits in order."""
+        return pack(self.decode(parts, shape, nnz))
+
+    def per_byte(self, shape: Shape) -> int:
+        """How many bits are 1 in every whole byte of the packed mask; 0 where they differ."""
+        return 0
+
     def mask_bytes(self, shape: Shape, nnz: int) -> int:
         return sum(dtype.itemsize * math.prod(part) for dtype, part in self.parts(shape, nnz).values())
 
@@ -152,7 +112,11 @@ class Bitmask(Encoding):
         return {"bits": pack(mask)}
 
     def decode(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Mask:
-        return unpack(parts["bits"], math.prod(shape), "bits")
+        return unpack(self.decode_bits(parts, shape, nnz), math.prod(shape))
+
+    def decode_bits(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Array:
+        check_bits(parts["bits"], math.prod(shape), "bits")
+        return parts["bits"]
 
 
 @dataclass(frozen=True)
@@ -170,8 +134,8 @@ class Dense(Bitmask):
     def encode(self, mask: Mask, shape: Shape) -> dict[str, Array]:
         return {} if mask.all() else super().encode(mask, shape)
 
-    def decode(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Mask:
-        return super().decode(parts, shape, nnz) if parts else np.ones(math.prod(shape), np.bool_)
+    def decode_bits(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Array:
+        return super().decode_bits(parts, shape, nnz) if parts else pack(np.ones(math.prod(shape), np.bool_))
 
 
 @dataclass(frozen=True)
@@ -207,7 +171,9 @@ class Condensed(Encoding):
         return {"rows": pack(counts > 0), "indices": indices.reshape(-1, self.fan_in)}
 
     def decode(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Mask:
-        active = np.flatnonzero(unpack(parts["rows"], matrix(shape)[0], "rows"))
+        rows = matrix(shape)[0]
+        check_bits(parts["rows"], rows, "rows")
+        active = np.flatnonzero(unpack(parts["rows"], rows))
         if len(active) != len(parts["indices"]):
             raise SparsityError(f"its `rows` must name {len(parts['indices'])} active rows; they name {len(active)}")
         return _from_rows(np.repeat(active, self.fan_in), parts["indices"].reshape(-1), shape)
@@ -287,7 +253,20 @@ class Packed(Encoding):
         return {"patterns": np.concatenate([head, pack(_split(numbers, self._width).reshape(-1))])}
 
     def decode(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Mask:
-        size, stored = math.prod(shape), parts["patterns"]
+        mask = unpack(self._in_groups(parts["patterns"], math.prod(shape)), math.prod(shape))
+        moved = [length for dim, length in enumerate(shape) if dim != self.dim] + [shape[self.dim]]
+        return np.ascontiguousarray(np.moveaxis(mask.reshape(moved), -1, self.dim)).reshape(-1)
+
+    def decode_bits(self, parts: Mapping[str, Array], shape: Shape, nnz: int) -> Array:
+        if self.dim == len(shape) - 1:  # nothing was moved
+            return self._in_groups(parts["patterns"], math.prod(shape))
+        return super().decode_bits(parts, shape, nnz)
+
+    def per_byte(self, shape: Shape) -> int:
+        return 8 // self.m * self.n if 8 % self.m == 0 and self.dim == len(shape) - 1 else 0
+
+    def _in_groups(self, stored: Array, size: int) -> Array:
+        """The bits of the mask, with `dim` at its end."""
         whole = size // 64 if 8 % self.m == 0 else 0
         bits = 8 // self.m * self._width
         eights = np.zeros((whole, 8), np.uint8)
@@ -297,16 +276,14 @@ class Packed(Encoding):
         fields = np.empty((whole, 8), np.uint8)
         for i in range(8):
             fields[:, i] = words >> np.uint64(bits * i) & last
-        valid, entries = _bytes_of_fields(self.n, self.m)
+        head = _bytes_of_fields(self.n, self.m).take(fields).reshape(-1)
         groups = (size - 64 * whole) // self.m
-        numbers = _join(unpack(stored[whole * bits :], groups * self._width, "patterns").reshape(groups, self._width))
+        check_bits(stored[whole * bits :], groups * self._width, "patterns")
+        numbers = _join(unpack(stored[whole * bits :], groups * self._width).reshape(groups, self._width))
         patterns = _patterns(self.n, self.m)
-        if not bool(valid.take(fields).all()) or (groups and int(numbers.max()) >= len(patterns)):
+        if (whole and not int(head.min())) or (groups and int(numbers.max()) >= len(patterns)):
             raise SparsityError(f"its `patterns` must be below {len(patterns)}; some are not")
-        head = np.unpackbits(entries.take(fields).reshape(-1), bitorder="little").view(np.bool_)
-        mask = np.concatenate([head, _split(patterns, self.m).take(numbers, 0).reshape(-1)])
-        moved = [length for dim, length in enumerate(shape) if dim != self.dim] + [shape[self.dim]]
-        return np.ascontiguousarray(np.moveaxis(mask.reshape(moved), -1, self.dim)).reshape(-1)
+        return np.concatenate([head, pack(_split(patterns, self.m).take(numbers, 0).reshape(-1))])
 
 
 def _join(bits: Mask) -> Array:
@@ -343,13 +320,13 @@ def _fields(n: int, m: int) -> Array:
 
 
 @cache
-def _bytes_of_fields(n: int, m: int) -> tuple[Mask, Array]:
-    """The inverse of `_fields`: whether a field is one, and its byte."""
+def _bytes_of_fields(n: int, m: int) -> Array:
+    """The inverse of `_fields`; 0, which no byte of a mask is, for what is no field."""
     fields = _fields(n, m)
     known = np.flatnonzero(fields != _NONE)
-    valid, entries = np.zeros(256, np.bool_), np.zeros(256, np.uint8)
-    valid[fields[known]], entries[fields[known]] = True, known
-    return valid, entries
+    entries = np.zeros(256, np.uint8)
+    entries[fields[known]] = known
+    return entries
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparselearn.checkpoint import manifest as manifests
-from sparselearn.checkpoint.encodings import Array
+from sparselearn.checkpoint.bits import Array
 from sparselearn.checkpoint.manifest import FILE, LARGEST, SHARD_NAME, Manifest, Shard, WeightInfo, hash_of
 from sparselearn.errors import SparsityError
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearn import distributed
-from sparselearn.checkpoint import encodings, files
+from sparselearn.checkpoint import bits, encodings, files
 from sparselearn.checkpoint.encodings import KINDS, Dense
 from sparselearn.checkpoint.manifest import Manifest, Shard, WeightInfo, hash_of, to_json
 from sparselearn.checkpoint.tensors import in_order, named_tensors, tied_names
@@ -172,13 +172,13 @@ def _items(
 def _encode(item: _Item) -> tuple[WeightInfo, dict[str, Tensor]]:
     """The entry of one weight (but for its shard), and the tensors that hold it."""
     info, tensor, mask, kind = item
-    bits = files.bits_of(tensor)
+    numbers = files.bits_of(tensor)
     if mask is None:
-        return replace(info, structure="dense", values_hash=hash_of(bits)), {info.name: tensor}
+        return replace(info, structure="dense", values_hash=hash_of(numbers)), {info.name: tensor}
     flat = mask.numpy().reshape(-1)
     nnz = int(np.count_nonzero(flat))
-    kept = bits if nnz == info.size else encodings.gather(bits, flat, nnz)
-    if hidden := int(np.count_nonzero(bits)) - int(np.count_nonzero(kept)):
+    kept = numbers if nnz == info.size else bits.gather(numbers, flat, nnz)
+    if hidden := int(np.count_nonzero(numbers)) - int(np.count_nonzero(kept)):
         raise SparsityError(
             f"`{info.name}` has {hidden} weights outside of its mask that are not +0 and would be lost. Zero them "
             "first with `sparsifier.apply_masks()` or `weight.data.masked_fill_(~mask, 0)`."
@@ -193,7 +193,7 @@ def _encode(item: _Item) -> tuple[WeightInfo, dict[str, Tensor]]:
         structure="dense" if nnz == info.size else info.structure or layout.structure,
         layout=layout,
         values_hash=hash_of(kept),
-        mask_hash=hash_of(encodings.pack(flat)),
+        mask_hash=hash_of(bits.pack(flat)),
     )
     values = tensor if layout == Dense() else torch.from_numpy(kept).view(info.dtype)
     parts = {info.key(part): torch.from_numpy(array) for part, array in layout.encode(flat, info.shape).items()}
