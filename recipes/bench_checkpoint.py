@@ -7,20 +7,30 @@
 the first convolution, which has 3 channels) in bfloat16 and float32, and counts the bytes of all files.
 
 `speed` stores and loads a transformer of 1 GB (matrices of 1024 x 1024 and 1024 x 4096) as a sparse checkpoint and as
-plain safetensors of the dense model. Every repetition is a process of its own, and the order alternates. Times are of
-the call alone: `save` includes fsync and all hashes, so plain files are timed with and without fsync; `load` puts the
-weights into a model that exists, `layers` does so layer by layer. Sparse files are checked to the last byte, plain ones
-not at all. Files are loaded from the page cache ("warm"), where plain ones are only copied, and from the disk ("cold":
-their pages are dropped before; TMPDIR must be on a disk). Memory is what the process takes at most (ru_maxrss) beyond
-what it had before the call; pages of mapped files count, though the system may take them back.
+plain safetensors of the dense model. Each dtype and pattern is a process of its own, whose rows are written when it
+ends (in the place of older ones); `--dtypes` and `--patterns` choose some. In it the tasks take turns, every second
+time in the opposite order, so that both sides see the same machine. Times are of the call alone:
+
+    save_*     `save` includes all hashes and fsync, so plain files are timed with fsync and without
+    load_*     the numbers end in the parameters of a model that exists
+    layers_*   the same, layer by layer
+    map_plain  plain tensors take the place of the parameters (`assign=True`): nothing is read before it is used
+
+`load` and `verify` check the sparse files to the last byte; plain ones are not checked at all, but for
+`load_plain_checked`, which takes the file's SHA-256 before. Files are loaded from the page cache ("warm") and from the
+disk ("cold": their pages are dropped before; TMPDIR must be on a disk). `of_plain` compares with save_plain_fsync,
+load_plain or layers_plain. Memory is what the process takes at most (VmHWM) beyond what it had before the call; pages
+of mapped files count, though the system may take them back, and weights that the model already has do not.
 """
 
 import argparse
 import csv
+import ctypes
+import gc
+import hashlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -51,6 +61,7 @@ PATTERNS: dict[str, tuple[sl.Structure, float | None]] = {
 }
 State = dict[str, Tensor]
 Row = dict[str, Any]
+Runs = dict[str, list[dict[str, float]]]
 
 
 def machine() -> dict[str, str]:
@@ -63,15 +74,21 @@ def machine() -> dict[str, str]:
     return {"cpu": f"{cpu}, {os.cpu_count()} cores"} | versions | {"commit": commit}
 
 
-def write(rows: list[Row], out: Path | None) -> None:
-    """As a table on the screen, and as CSV where a file is named."""
+def write(rows: list[Row], out: Path | None, keys: tuple[str, ...] = ()) -> None:
+    """As a table on the screen, and as CSV where a file is named; there, rows with other `keys` stay."""
     for row in rows:
         print("  ".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    if out is not None:
-        with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *machine()])
-            writer.writeheader()
-            writer.writerows(row | machine() for row in rows)
+    if out is None:
+        return
+    older: list[dict[str, str]] = []
+    if keys and out.exists():
+        new = {tuple(str(row[key]) for key in keys) for row in rows}
+        with out.open(newline="") as file:
+            older = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in new]
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine()], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*older, *(row | machine() for row in rows)])
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -143,8 +160,8 @@ def sizes() -> Iterator[Row]:
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
-def transformer(dtype: torch.dtype, gigabytes: float) -> nn.Module:
-    """Blocks of four matrices [1024, 1024], one [4096, 1024], one [1024, 4096] and a norm, zero."""
+def skeleton(dtype: torch.dtype, gigabytes: float) -> nn.Module:
+    """Blocks of four matrices [1024, 1024], one [4096, 1024], one [1024, 4096] and a norm, without memory."""
     block = {"q": (1024, 1024), "k": (1024, 1024), "v": (1024, 1024), "o": (1024, 1024), "up": (1024, 4096)}
     block["down"] = (4096, 1024)
     count = round(gigabytes * 1e9 / (12 * 2**20 * dtype.itemsize))
@@ -153,8 +170,12 @@ def transformer(dtype: torch.dtype, gigabytes: float) -> nn.Module:
         for _ in range(count)
     )
     with torch.device("meta"):
-        model = nn.ModuleList(layers)
-    model = model.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        return nn.ModuleList(layers).to(dtype)
+
+
+def transformer(dtype: torch.dtype, gigabytes: float) -> nn.Module:
+    """The same with memory that is in use, zero."""
+    model = skeleton(dtype, gigabytes).to_empty(device="cpu").requires_grad_(False)
     for parameter in model.parameters():
         parameter.zero_()
     return model
@@ -197,6 +218,19 @@ def load_plain(model: nn.Module, folder: Path) -> None:
     model.load_state_dict(safetensors.torch.load_file(folder / "dense.safetensors"))
 
 
+def load_plain_checked(model: nn.Module, folder: Path) -> None:
+    with (folder / "dense.safetensors").open("rb") as file:
+        hashlib.file_digest(file, "sha256").hexdigest()
+    load_plain(model, folder)
+
+
+def map_plain(model: nn.Module, folder: Path) -> None:
+    with torch.device("meta"):
+        shell = nn.ParameterDict({name.replace(".", "/"): torch.empty_like(p) for name, p in model.named_parameters()})
+    state = safetensors.torch.load_file(folder / "dense.safetensors")
+    shell.load_state_dict({name.replace(".", "/"): tensor for name, tensor in state.items()}, assign=True)
+
+
 def load_sparse(model: nn.Module, folder: Path) -> None:
     load(folder / "sparse", model)
 
@@ -218,10 +252,19 @@ def verify_sparse(model: nn.Module, folder: Path) -> None:
     verify(folder / "sparse")
 
 
-SAVING = {f.__name__: f for f in (save_plain, save_plain_fsync, save_sparse)}
-LOADING = {f.__name__: f for f in (load_plain, load_sparse, layers_plain, layers_sparse, verify_sparse)}
+Saving = Callable[[nn.Module, State, Path], None]
+Loading = Callable[[nn.Module, Path], None]
+SAVING: dict[str, Saving] = {f.__name__: f for f in (save_plain, save_plain_fsync, save_sparse)}
+_LOADING: tuple[Loading, ...] = (load_plain, load_sparse, load_plain_checked, map_plain, layers_plain, layers_sparse,
+                                 verify_sparse)  # fmt: skip
+LOADING = {f.__name__: f for f in _LOADING}
 TASKS = [(task, "") for task in SAVING] + [(task, cache) for task in LOADING for cache in ("warm", "cold")]
-BASELINE = {"save_sparse": "save_plain_fsync", "load_sparse": "load_plain", "layers_sparse": "layers_plain"}
+BASELINE = {
+    "save_sparse": "save_plain_fsync",
+    "load_sparse": "load_plain",
+    "load_plain_checked": "load_plain",
+    "layers_sparse": "layers_plain",
+}
 
 
 def drop_pages(folder: Path) -> None:
@@ -233,54 +276,70 @@ def drop_pages(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(task: str, cache: str, folder: Path, dtype: str, pattern: str, gigabytes: float) -> dict[str, float]:
-    """One call in this process: seconds, and megabytes taken beyond what was there before."""
-    model = transformer(DTYPES[dtype], gigabytes)
-    call: Callable[[], None]
-    if task in SAVING:
-        masks = fill(model, *PATTERNS[pattern])
-        call = partial(SAVING[task], model, masks, folder)
-    else:
-        call = partial(LOADING[task], model, folder)
-    if cache == "cold":
-        drop_pages(folder)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def call(function: Callable[[], None]) -> dict[str, float]:
+    """Seconds, and megabytes taken beyond what was there before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left must not serve this one unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _kilobytes("VmRSS")
     start = time.perf_counter()
-    call()
+    function()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak": max(0.0, peak - before) / 1e6}
+    return {"seconds": seconds, "peak": max(0, _kilobytes("VmHWM") - before) * 1024 / 1e6}
 
 
-def speed(gigabytes: float, repeats: int) -> Iterator[Row]:
+def _kilobytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def measure(folder: Path, dtype: str, pattern: str, gigabytes: float, repeats: int) -> Runs:
+    """All tasks in this process, taking turns: "task cache" -> each call."""
+    runs: Runs = {f"{task} {cache}": [] for task, cache in TASKS}
+    model = transformer(DTYPES[dtype], gigabytes)
+    masks = fill(model, *PATTERNS[pattern])
+    for tasks in ([key for key in TASKS if key[0] in SAVING], [key for key in TASKS if key[0] in LOADING]):
+        for i in range(repeats):
+            for task, cache in tasks[:: (-1) ** i]:
+                if task in SAVING:
+                    function = partial(SAVING[task], model, masks, folder)
+                else:
+                    function = partial(LOADING[task], model, folder)
+                if cache == "cold":
+                    drop_pages(folder)
+                runs[f"{task} {cache}"].append(call(function))
+    return runs
+
+
+def speed(dtype: str, pattern: str, gigabytes: float, repeats: int) -> list[Row]:
     """Rows of the table of speeds: median, fastest and slowest of the repetitions."""
-    for dtype, pattern in (("bfloat16", "90 %"), ("bfloat16", "2:4"), ("float32", "90 %")):
-        runs: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in TASKS}
-        with tempfile.TemporaryDirectory() as folder:
-            for i in range(repeats):
-                # What is loaded must have been saved.
-                for key in sorted(TASKS, key=lambda key: (key[0] in LOADING, TASKS.index(key) * (-1) ** i)):
-                    words = ["measure", "--task", key[0], "--cache", key[1], "--folder", folder, "--dtype", dtype]
-                    command = [sys.executable, "-m", __spec__.name, *words, "--pattern", pattern]
-                    command += ["--gigabytes", str(gigabytes)]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    runs[key].append(json.loads(done.stdout))
-        medians = {key: statistics.median(run["seconds"] for run in found) for key, found in runs.items()}
-        for (task, cache), found in runs.items():
-            times = [run["seconds"] for run in found]
-            plain = medians.get((BASELINE.get(task, ""), cache))
-            yield {
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["measure", "--folder", folder, "--dtypes", dtype, "--patterns", pattern]
+        words += ["--gigabytes", str(gigabytes), "--repeats", str(repeats)]
+        command = [sys.executable, "-m", __spec__.name, *words]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    runs: Runs = json.loads(done.stdout)
+    medians = {key: statistics.median(run["seconds"] for run in found) for key, found in runs.items()}
+    rows: list[Row] = []
+    for key, found in runs.items():
+        task, cache = key.split(" ")
+        times = [run["seconds"] for run in found]
+        plain = medians.get(f"{BASELINE.get(task, '')} {cache}")
+        rows.append(
+            {
                 "dtype": dtype,
                 "pattern": pattern,
                 "task": task,
                 "cache": cache,
-                "seconds": round(medians[task, cache], 3),
-                "fastest": round(min(times), 3),
-                "slowest": round(max(times), 3),
-                "of_plain": round(medians[task, cache] / plain, 2) if plain else "",
+                "seconds": round(medians[key], 4),
+                "fastest": round(min(times), 4),
+                "slowest": round(max(times), 4),
+                "of_plain": round(medians[key] / plain, 2) if plain else "",
                 "peak_mb": round(max(run["peak"] for run in found)),
                 "repeats": repeats,
             }
+        )
+    return rows
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
@@ -292,17 +351,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="CSV file")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the dense model (speed)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--task")
-    parser.add_argument("--cache", default="")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(speed)")
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["90 %", "95 %", "2:4"], help="(speed)")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--dtype")
-    parser.add_argument("--pattern")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*Sparse CSR tensor support is in beta.*")
-    if args.what == "measure":
-        print(json.dumps(measure(args.task, args.cache, args.folder, args.dtype, args.pattern, args.gigabytes)))
+    if args.what == "sizes":
+        write(list(sizes()), args.out)
+    elif args.what == "measure":
+        print(json.dumps(measure(args.folder, args.dtypes[0], args.patterns[0], args.gigabytes, args.repeats)))
     else:
-        write(list(sizes() if args.what == "sizes" else speed(args.gigabytes, args.repeats)), args.out)
+        for dtype in args.dtypes:
+            for pattern in args.patterns:
+                write(speed(dtype, pattern, args.gigabytes, args.repeats), args.out, ("dtype", "pattern", "task"))
 
 
 if __name__ == "__main__":
