@@ -308,29 +308,128 @@ def test_fragments_are_what_sparse_tensor_cores_read():
 @without_interpreter
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(("blocks", "groups", "warps"), [(1, 1, 8), (1, 8, 4), (2, 2, 4)])
-def test_the_sparse_tensor_core_kernel_compiles_for_three_generations_of_gpus(dtype, blocks, groups, warps):
+@pytest.mark.parametrize(("groups", "chosen"), [
+    (1, (1, 8, 1, 1)), (1, (1, 16)), (1, (2, 4, 1, 1)), (2, (2, 4)), (2, (2, 4, 2, 3)), (8, (1, 4)), (8, (4, 2, 4, 2)),
+])  # fmt: skip
+def test_the_sparse_tensor_core_kernels_compile_for_three_generations_of_gpus(dtype, groups, chosen):
     pytest.importorskip("triton.experimental.gluon", reason="this triton has no Gluon")
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton_compile import TARGETS, GPUTarget, resources
 
     from sparselearn.kernels.semi_structured import gluon_kernels
+    from sparselearn.kernels.semi_structured.launch import DECODE, DecodeBlocks
 
-    kernel = gluon_kernels.decode_kernel
+    chosen = DecodeBlocks(*chosen)
+    assert chosen in DECODE[groups]
+    blocks, warps, rows, stages = chosen
+    staged = stages > 1
+    kernel = gluon_kernels.staged_decode_kernel if staged else gluon_kernels.decode_kernel
     steps = gluon_kernels.instructions({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
-    constants = {"BR": blocks, "BT": groups, "BW": warps, "STEPS": steps, "HAS_BIAS": True}
+    constants = {"BR": blocks, "BT": groups, "BW": warps, "EVEN": warps != 4, "STEPS": steps, "HAS_BIAS": True}
+    constants |= {"RW": rows, "STAGES": stages} if staged else {"X_TOO": stages == 1}
     types = iter(["i32", "i32", "i32", dtype, dtype])
     signature = {
         name: f"*{next(types)}" if name.endswith("_ptr") else "constexpr" if name in constants else "i32"
         for name in kernel.arg_names
     }
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    known = [n.endswith("_ptr") or n in ("neurons", "inputs") for n in kernel.arg_names]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, is_known in enumerate(known) if is_known}
+    for target in TARGETS:
+        source = GluonASTSource(kernel, signature, places, aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps * rows})
+        ptx = made.asm["ptx"]
+        assert ptx.count("mma.sp::ordered_metadata") == 8 * blocks // rows * groups
+        registers, spilled, shared = resources(made, target)
+        assert registers <= 255
+        assert spilled <= 16  # bytes; sm_80 with 64 tokens
+        assert shared <= 227 * 1024  # of an H100
+        if staged:  # places, weights and inputs, 16 bytes at a time, in every stage but the last and in the loop
+            copies = stages * (blocks // rows * 9 + groups * 8)
+            assert ptx.count("cp.async.cg.shared.global") == copies
+            assert "cp.async.ca" not in ptx
+        else:
+            assert "ld.global.cg.v4.b32" in ptx
+            assert "ld.global.cg.b32" not in ptx
+            # The pieces of a chunk are on their way together: they fill registers, see `arrived`.
+            assert registers >= 36 * blocks + (32 * groups if stages else 0)
+
+
+@without_interpreter
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("n", "m", "neurons", "warps"), [(1, 4, 4, 4), (2, 8, 4, 4), (1, 8, 8, 2), (1, 16, 4, 2)])
+def test_the_kernel_of_cells_compiles_without_gathers(n, m, neurons, warps):
+    pytest.importorskip("triton.experimental.gluon", reason="this triton has no Gluon")
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton_compile import TARGETS, GPUTarget, resources
+
+    from sparselearn.kernels.semi_structured import gluon_gemv, launch
+
+    assert launch.Blocks(neurons, 0, warps) in launch.CELLS
+    kernel, bits = gluon_gemv.gemv_kernel, reference.place_bits(m)
+    constants = {"n": n, "m": m, "PLACE_BITS": bits, "BN": neurons, "BW": warps, "HAS_BIAS": True}
+    types = iter(["i32", "bf16", f"i{8 * bits}", "bf16", "bf16"])
+    signature = {
+        name: f"*{next(types)}" if name.endswith("_ptr") else "constexpr" if name in constants else "i32"
+        for name in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     for target in TARGETS:
         source = GluonASTSource(kernel, signature, places, aligned)
         made = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
-        assert made.asm["ptx"].count("mma.sp::ordered_metadata") == 8 * blocks * groups
-        assert "ld.global.v4.b32" in made.asm["ptx"]  # the weight, 16 bytes at a time
-        registers, spilled, _ = resources(made, target)
+        # 16 bytes of values for each neuron, and the inputs of a cell; nothing is exchanged before the sum over warps.
+        assert made.asm["ptx"].count("ld.global.v4.b32") == neurons + m // n
+        registers, spilled, shared = resources(made, target)
         assert registers <= 255
-        assert spilled <= 16  # bytes; sm_80 with 64 tokens
+        assert not spilled
+        assert shared <= 4 * neurons * warps
+
+
+def test_which_products_are_made_of_cells():
+    from sparselearn.kernels.semi_structured import launch
+
+    for n, m, groups, dtype, tokens, fits in [
+        (1, 4, 16, torch.bfloat16, 1, True), (2, 16, 4, torch.float16, 1, True), (1, 4, 16, torch.bfloat16, 2, False),
+        (1, 4, 12, torch.bfloat16, 1, False), (1, 4, 16, torch.float32, 1, False), (3, 8, 8, torch.float16, 1, False),
+        (1, 3, 16, torch.float16, 1, False),
+    ]:  # fmt: skip
+        weight = torch.randn(3, groups * m).to(dtype)
+        values, places = reference.pack(weight, reference.magnitude_mask(weight, n, m), n, m)
+        x = torch.randn(tokens, groups * m).to(dtype)
+        assert launch.cells_fit(x, values, places, n, m) is fits
+        assert (launch.CELLS[0] in launch.gemv_candidates(x, values, places, n, m)) is fits
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_takes_parts_and_appends_rows(tmp_path, monkeypatch):
+    from argparse import Namespace
+
+    from sparselearn.kernels.semi_structured import bench
+
+    def part(sections, tokens=None, layers=None):
+        return bench.wanted(Namespace(sections=sections, tokens=tokens, layers=layers))
+
+    everything = part(bench.SECTIONS)
+    assert len(everything) == len(set(everything)) == 1 + 4 * 6 + 2 * 6 + 2 * 5 * 3 + 3
+    some = part(["gemv", "decode"], [1, 16], ["4096x4096"])
+    assert [(section, case.tokens, case.pattern) for section, case in some] == [
+        *[("gemv", 1, pattern) for pattern in bench.PATTERNS], ("decode", 1, "2:4"), ("decode", 16, "2:4"),
+    ]  # fmt: skip
+    assert part(["pack"]) == [("pack", None)]
+    monkeypatch.setattr(bench, "facts", lambda: {"gpu": "none"})
+    path = tmp_path / "table.csv"
+    head = ["gemv", 8, 16, "1:4", 1, "bfloat16"]
+    bench.Writer(path).write(head, {"dense": 4e-6, "gemv": 1e-6}, "dense")
+    bench.Writer(path).write(head, {"dense": 4e-6}, "dense")
+    assert path.read_text().splitlines() == [
+        "section,neurons,inputs,pattern,tokens,dtype,method,us,speedup,gpu",
+        "gemv,8,16,1:4,1,bfloat16,dense,4.00,1.000,none",
+        "gemv,8,16,1:4,1,bfloat16,gemv,1.00,4.000,none",
+        "gemv,8,16,1:4,1,bfloat16,dense,4.00,1.000,none",
+    ]
+    path.write_text("other\n")
+    with pytest.raises(SparsityError, match="has other columns"):
+        bench.Writer(path)

@@ -17,17 +17,17 @@ _BITS = tuple(
 
 
 class Blocks(NamedTuple):
-    """The work of one program of `gemv`."""
+    """The work of one program of `gemv`; with `kept` 0 by the kernel of `gluon_gemv`, see `cells_fit`."""
 
     neurons: int
     kept: int
     warps: int
 
 
-ONE_TOKEN = (  # candidates for tuning
-    Blocks(4, 256, 4), Blocks(2, 512, 4), Blocks(8, 128, 4), Blocks(16, 128, 4), Blocks(4, 512, 4), Blocks(1, 1024, 4),
-    Blocks(2, 1024, 8), Blocks(8, 256, 8), Blocks(16, 32, 4),
+ONE_TOKEN = (  # candidates for tuning; the first is taken without it
+    Blocks(4, 256, 4), Blocks(2, 512, 4), Blocks(8, 128, 4), Blocks(1, 1024, 4), Blocks(16, 32, 4),
 )  # fmt: skip
+CELLS = (Blocks(4, 0, 4), Blocks(4, 0, 2), Blocks(8, 0, 2), Blocks(2, 0, 4), Blocks(8, 0, 4), Blocks(4, 0, 1))
 FEW_TOKENS = (
     Blocks(4, 64, 4), Blocks(2, 128, 4), Blocks(8, 32, 4), Blocks(2, 64, 4), Blocks(4, 128, 8), Blocks(1, 256, 4),
     Blocks(8, 128, 8),
@@ -44,6 +44,20 @@ def blocks_for(values: Tensor, n: int, m: int, tokens: int) -> Blocks:
     """The blocks that were measured best on this GPU, see `kernels.crossover`; else the first candidate (a guess)."""
     found = crossover.table().blocks.get(tuning_key(values, n, m, tokens))
     return Blocks(*found) if found is not None else (ONE_TOKEN if tokens == 1 else FEW_TOKENS)[0]
+
+
+def cells_fit(x: Tensor, values: Tensor, places: Tensor, n: int, m: int) -> bool:
+    """Whether one token can be computed from cells of 8 kept weights, whose pieces are read whole."""
+    return (
+        len(x) == 1 and n in (1, 2) and m in (4, 8, 16) and values.itemsize == 2 and values.shape[1] % 8 == 0
+        and values.data_ptr() % 16 == 0 and places.data_ptr() % 4 == 0
+    )  # fmt: skip
+
+
+def gemv_candidates(x: Tensor, values: Tensor, places: Tensor, n: int, m: int) -> tuple[Blocks, ...]:
+    if len(x) > 1:
+        return FEW_TOKENS
+    return CELLS + ONE_TOKEN if cells_fit(x, values, places, n, m) else ONE_TOKEN
 
 
 def pack(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -83,6 +97,10 @@ def gemv(
     tokens, (neurons, kept) = len(x), values.shape
     out = torch.empty((tokens, neurons), dtype=x.dtype, device=x.device)
     blocks = blocks or blocks_for(values, n, m, tokens)
+    if not blocks.kept and cells_fit(x, values, places, n, m):
+        _gemv_of_cells(x, values, places, bias, out, n, m, blocks)
+        return out
+    blocks = blocks if blocks.kept else ONE_TOKEN[0]
     if tokens > 1 and x.stride(0) != 1:
         x = x.T.contiguous().T  # the tokens of an input are one piece of memory then
     kernels.gemv_kernel[(triton.cdiv(neurons, blocks.neurons),)](
@@ -91,6 +109,20 @@ def gemv(
         BK=blocks.kept, HAS_BIAS=bias is not None, num_warps=blocks.warps,
     )  # fmt: skip
     return out
+
+
+def _gemv_of_cells(
+    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor, n: int, m: int, blocks: Blocks
+) -> None:  # fmt: skip
+    from sparselearn.kernels.semi_structured import gluon_gemv
+
+    x, bits = x.contiguous(), reference.place_bits(m)
+    x = (x.clone() if x.data_ptr() % 16 else x).view(torch.int32)
+    gluon_gemv.gemv_kernel[(triton.cdiv(len(values), blocks.neurons),)](
+        x, values, places.view(torch.int16 if bits == 2 else torch.int32), bias, out, len(values),
+        values.shape[1] // 8, n=n, m=m, PLACE_BITS=bits, BN=blocks.neurons, BW=blocks.warps,
+        HAS_BIAS=bias is not None, num_warps=blocks.warps,
+    )  # fmt: skip
 
 
 def unpack(values: Tensor, places: Tensor, n: int, m: int) -> Tensor:
@@ -126,14 +158,30 @@ def transpose_values(values: Tensor, places: Tensor, places_t: Tensor) -> Tensor
 
 
 class DecodeBlocks(NamedTuple):
-    """The work of one program of `decode`: blocks of 16 neurons, and warps among which the inputs are shared."""
+    """The work of one program of `decode`: blocks of 16 neurons, and warps among which the inputs are shared.
+
+    With stages up to 1 a warp holds a chunk of the weight in registers, with 1 that of the inputs, too. With 2 and more
+    chunks wait in so many buffers of shared memory, and `rows` groups of such warps share the blocks.
+    """
 
     blocks: int
     warps: int
+    rows: int = 1
+    stages: int = 0
 
 
-_DECODE = ((1, 8), (1, 4), (1, 16), (2, 4), (2, 8), (4, 4), (4, 8), (2, 2), (4, 2), (1, 2), (1, 1))
-DECODE = tuple(DecodeBlocks(*pair) for pair in _DECODE)
+_DECODE = {  # groups of 8 tokens -> candidates, the likeliest first
+    1: ((1, 8, 1, 1), (1, 16), (1, 4, 1, 1), (2, 4, 1, 1), (2, 4, 2, 3), (2, 8), (1, 8, 1, 2), (2, 8, 2, 2)),
+    2: ((1, 8), (2, 4), (2, 4, 2, 3), (1, 16), (1, 4), (4, 2, 4, 3), (2, 8), (4, 4, 4, 2)),
+    4: ((1, 8), (2, 4), (4, 2, 4, 2), (2, 4, 2, 2), (1, 4)),
+    8: ((1, 4), (2, 4), (4, 2, 4, 2), (4, 1, 4, 3), (2, 2, 2, 2)),
+}
+DECODE = {groups: tuple(DecodeBlocks(*numbers) for numbers in found) for groups, found in _DECODE.items()}
+
+
+def token_groups(tokens: int) -> int:
+    """Groups of 8 tokens that a program computes, a power of two."""
+    return int(triton.next_power_of_2(triton.cdiv(tokens, 8)))
 
 
 def decode_key(kept: Tensor, dtype: torch.dtype, tokens: int) -> tuple[object, ...]:
@@ -141,10 +189,11 @@ def decode_key(kept: Tensor, dtype: torch.dtype, tokens: int) -> tuple[object, .
     return ("sp24_decode", kept.shape[0] * fragments.ROWS, kept.shape[1] * 32, name, triton.next_power_of_2(tokens))
 
 
-def decode_candidates(kept: Tensor) -> list[DecodeBlocks]:
-    """Those that divide a weight; the first is what an H100 liked best in the prototype, where it fits."""
+def decode_candidates(kept: Tensor, tokens: int) -> list[DecodeBlocks]:
+    """Those whose blocks divide a weight and whose warps find work; without a measurement the first is taken."""
     rows, chunks = kept.shape[0], kept.shape[1] // 8
-    return [c for c in DECODE if rows % c.blocks == 0 and chunks % c.warps == 0]
+    found = [c for c in DECODE[token_groups(tokens)] if rows % c.blocks == 0 and c.warps < 2 * chunks]
+    return found or [DecodeBlocks(1, 1)]
 
 
 def decode(
@@ -157,12 +206,18 @@ def decode(
     out = torch.empty((tokens, neurons), dtype=x.dtype, device=x.device)
     if blocks is None:
         measured = crossover.table().blocks.get(decode_key(kept, x.dtype, tokens))
-        blocks = decode_candidates(kept)[0] if measured is None else DecodeBlocks(*measured)
+        blocks = decode_candidates(kept, tokens)[0] if measured is None else DecodeBlocks(*measured)
     x = x.contiguous()
-    gluon_kernels.decode_kernel[(kept.shape[0] // blocks.blocks,)](
-        kept, places, (x.clone() if x.data_ptr() % 16 else x).view(torch.int32), bias, out,
-        tokens, neurons, x.shape[1],
-        BR=blocks.blocks, BT=triton.next_power_of_2(triton.cdiv(tokens, 8)), BW=blocks.warps,
-        STEPS=gluon_kernels.instructions(x.dtype), HAS_BIAS=bias is not None, num_warps=blocks.warps,
-    )  # fmt: skip
+    x = (x.clone() if x.data_ptr() % 16 else x).view(torch.int32)
+    arguments = (kept, places, x, bias, out, tokens, neurons, x.shape[1] * 2)
+    constants = {
+        "BR": blocks.blocks, "BT": token_groups(tokens), "BW": blocks.warps,
+        "EVEN": kept.shape[1] // 8 % blocks.warps == 0, "STEPS": gluon_kernels.instructions(out.dtype),
+        "HAS_BIAS": bias is not None, "num_warps": blocks.warps * blocks.rows,
+    }  # fmt: skip
+    grid = (kept.shape[0] // blocks.blocks,)
+    if blocks.stages < 2:
+        gluon_kernels.decode_kernel[grid](*arguments, 0, X_TOO=blocks.stages == 1, **constants)
+    else:
+        gluon_kernels.staged_decode_kernel[grid](*arguments, RW=blocks.rows, STAGES=blocks.stages, **constants)
     return out

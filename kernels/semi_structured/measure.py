@@ -1,6 +1,6 @@
 """The clock behind `kernels.crossover` for n:m layers: every way of computing a case, after tuning the blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -16,10 +16,15 @@ from sparselearn.kernels.timing import Calls, Timer, copies, graph_seconds
 Packed = tuple[Tensor, Tensor]
 
 
-def measured_seconds(case: Case, timer: Timer = graph_seconds, device: str = "cuda") -> dict[str, float]:
+WAYS = ("gemv", "decode", "gemm")
+
+
+def measured_seconds(
+    case: Case, timer: Timer = graph_seconds, device: str = "cuda", ways: Collection[str] = WAYS
+) -> dict[str, float]:  # fmt: skip
     """Way -> seconds, of a layer whose weight lies there in the form of each way; training with transposable masks.
 
-    "dense" is the product with a dense weight that is there already.
+    "dense", the product with a dense weight that is there already, is always measured, others if among `ways`.
     """
     n, m = map(int, case.pattern.split(":"))
     dtype = getattr(torch, case.dtype)
@@ -30,16 +35,17 @@ def measured_seconds(case: Case, timer: Timer = graph_seconds, device: str = "cu
     mask = reference.magnitude_mask(weight, n, m)
     sets = copied(reference.pack(weight, mask, n, m))
     calls: dict[str, Calls] = {"dense": [partial(F.linear, x, w) for (w,) in copied((weight,))]}
-    if case.tokens <= ops.MAX_GEMV_TOKENS:
+    if "gemv" in ways and case.tokens <= ops.MAX_GEMV_TOKENS:
         if device == "cuda":
             tune_gemv(x, sets, n, m, timer)
         calls["gemv"] = [partial(ops.gemv, x, v, p, None, n, m) for v, p in sets]
     if device == "cuda" and case.pattern == "2:4":
-        if case.tokens <= ops.MAX_DECODE_TOKENS and fragments.fits(case.neurons, case.inputs, dtype):
+        few = case.tokens <= ops.MAX_DECODE_TOKENS
+        if "decode" in ways and few and fragments.fits(case.neurons, case.inputs, dtype):
             pieces = [fragments.fragments(v, p) for v, p in sets]
             tune_decode(x, pieces, timer)
             calls["decode"] = [partial(torch.ops.sparselearn.sp24_decode, x, k, p, None) for k, p in pieces]
-        if cslt.fits(case.neurons, case.inputs, dtype) and cslt.trusted(x.device, dtype):
+        if "gemm" in ways and cslt.fits(case.neurons, case.inputs, dtype) and cslt.trusted(x.device, dtype):
             blobs = [cslt.blob(v, cslt.metadata(v, p)) for v, p in sets]
             search(products(case))
             calls["gemm"] = [partial(torch.ops.sparselearn.sp24_gemm, x, blob, None) for blob in blobs]
@@ -90,7 +96,7 @@ def tune_gemv(x: Tensor, sets: Sequence[tuple[Tensor, ...]], n: int, m: int, tim
         launch.tuning_key(sets[0][0], n, m, len(x)),
         {
             blocks: [partial(launch.gemv, x, v, p, None, n, m, blocks) for v, p in sets]
-            for blocks in (launch.ONE_TOKEN if len(x) == 1 else launch.FEW_TOKENS)
+            for blocks in launch.gemv_candidates(x, sets[0][0], sets[0][1], n, m)
         },
         timer,
     )
@@ -105,7 +111,7 @@ def tune_decode(x: Tensor, pieces: Sequence[tuple[Tensor, ...]], timer: Timer) -
         launch.decode_key(kept, x.dtype, len(x)),
         {
             blocks: [partial(launch.decode, x, k, p, None, blocks) for k, p in pieces]
-            for blocks in launch.decode_candidates(kept)
+            for blocks in launch.decode_candidates(kept, len(x))
         },
         timer,
     )
