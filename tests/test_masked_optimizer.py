@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselearn import NM
+from sparselearn import NM, SparsityError
 from sparselearn.kernels import masked_optimizer
 from sparselearn.kernels.masked_optimizer import Target, reference
 from sparselearn.kernels.masked_optimizer.reference import Rule
@@ -191,3 +191,20 @@ def test_the_kernel_compiles_to_wide_loads(target: int) -> None:
         for word in ("ld", "st"):
             wide = re.findall(rf"{word}\.global\.v(?:4\.b32|2\.b64)", compiled.asm["ptx"])
             assert len(wide) >= tensors - (word == "st"), case
+
+
+def test_the_benchmark_appends_rows(tmp_path):
+    from sparselearn.kernels.masked_optimizer import bench
+
+    path = tmp_path / "results" / "table.csv"
+    assert {known["what"] for known, _ in bench.cells(1.0)} == set(bench.SECTIONS)
+    bench.write(path, {"what": "training", "density": 0.1, "plain": 4.0, "ours/plain": 1.25}, {"gpu": "none"})
+    bench.write(path, {"what": "alone", "config": "512x4"}, {"gpu": "none"})
+    head, *rows = (line.split(",") for line in path.read_text().splitlines())
+    found = [{name: value for name, value in zip(head, row, strict=True) if value} for row in rows]
+    assert found == [
+        {"what": "training", "density": "0.1", "plain": "4", "ours/plain": "1.25", "gpu": "none"},
+        {"what": "alone", "config": "512x4", "gpu": "none"},
+    ]
+    with pytest.raises(SparsityError, match="has other columns"):
+        bench.write(path, {"what": "alone"}, {"gpu": "none", "commit": "none"})

@@ -1,6 +1,7 @@
 """Times the masked optimizer against torch's optimizers, alone and within a training step, on a GPU.
 
     python -m sparselearn.kernels.masked_optimizer.bench --seconds 120
+    python -m sparselearn.kernels.masked_optimizer.bench --sections training --seconds 60 --out training.csv
 
 AdamW, float32 weights; replays of CUDA graphs, so that the host's pace does not count. Columns, in µs: `plain`: torch's
 fused AdamW without masks. `fused`, `foreach`: torch's, with gradients masked before and weights masked after it, as the
@@ -9,6 +10,8 @@ engine does. `ours`: one pass, with the configuration named in `config` (all of 
 reaches here. In rows "training" all of forward, backward and optimizer.
 
 Rows "sr_ste": one step of SR-STE, penalty, update, new 2:4 mask and projected weights; there `plain` is AdamW alone.
+
+Rows are written at once, after those of a file that is there.
 """
 
 import argparse
@@ -164,6 +167,12 @@ def training(width: int, depth: int, tokens: int, density: float) -> Row:
     return {kind: microseconds(step_of(kind), rounds=7) for kind in ("plain", "fused", "foreach", "ours")}
 
 
+SECTIONS = ("training", "sr_ste", "alone")
+TIMES = ("plain", "fused", "foreach", "ours", "step", "roof")
+COLUMNS = ("what", "layers", "density", "clean", "tokens", *TIMES, "fused/plain", "foreach/plain", "ours/plain",
+           "config", "configs", "copy_gb_per_s")  # fmt: skip
+
+
 def cells(bandwidth: float) -> Iterator[tuple[Row, Callable[[], Row]]]:
     sizes = {"8x1024x4096": [(1024, 4096)] * 8, "24x4096x4096": [(4096, 4096)] * 24, "160x256x256": [(256, 256)] * 160}
     for width, depth, tokens in [(1024, 8, 1024), (1024, 8, 8192), (4096, 2, 4096)]:
@@ -182,7 +191,7 @@ def place() -> Row:
     import triton
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"hardware": torch.cuda.get_device_name(), "python": platform.python_version(),
+    return {"gpu": torch.cuda.get_device_name(), "python": platform.python_version(),
             "torch": torch.__version__, "triton": triton.__version__, "commit": commit or "unknown"}  # fmt: skip
 
 
@@ -190,30 +199,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sparselearn.kernels.masked_optimizer.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seconds", type=float, default=120, help="begin nothing after this time (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("kernels/results/masked-optimizer-h100.csv"),
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="which rows (all)")
+    parser.add_argument("--out", type=Path, default=Path("kernels/results/masked-optimizer.csv"),
                         help="the table, as CSV (%(default)s)")  # fmt: skip
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SparsityError("This benchmark needs a CUDA device; there is none.")
-    start, bandwidth, rows = time.monotonic(), copy_bandwidth(), []
+    start, constant = time.monotonic(), place()
+    bandwidth = copy_bandwidth()
     for known, measured in cells(bandwidth):
+        if known["what"] not in options.sections:
+            continue
         if time.monotonic() - start > options.seconds:
             print(f"not measured, the time was up: {known}")
             continue
-        times = measured()
-        ratios = {f"{name}/plain": times[name] / times["plain"] for name in ("fused", "foreach", "ours")
-                  if name in times}  # fmt: skip
-        row = known | times | ratios | {"copy_gb_per_s": bandwidth / 1e3}
-        rows.append({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
-        print("  ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+        row = known | measured()
+        row |= {f"{name}/plain": row[name] / row["plain"] for name in ("fused", "foreach", "ours") if name in row}
+        write(options.out, row | {"copy_gb_per_s": bandwidth / 1e3}, constant)
         torch.cuda.empty_cache()
-    columns, constant = list(dict.fromkeys(name for row in rows for name in row)), place()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns, *constant], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | constant for row in rows)
     print(options.out)
+
+
+def write(path: Path, row: Row, constant: Row) -> None:
+    """Append a row to a table, which is made if it is not there."""
+    columns = [*COLUMNS, *constant]
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+    print("  ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new and path.read_text(encoding="utf-8").partition("\n")[0] != ",".join(columns):
+        raise SparsityError(f"`{path}` has other columns than {','.join(columns)}; name another file.")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(shown | constant)
 
 
 if __name__ == "__main__":
