@@ -230,21 +230,31 @@ def test_the_kernels_compile_without_spilling(target):
     tl = pytest.importorskip("triton.language", reason="triton is not installed")
     from triton_compile import compile_for, resources
 
-    from sparselearn.kernels.select import launch
+    from sparselearn.kernels.select import launch, triton_search
     from sparselearn.kernels.select import triton_kernels as kernels
 
     layout = {"W": tl.float32, "LOW": 0, "STRIDED": False}
     passes = layout | {"ALIGNED": True, "BLOCK": launch.BLOCK, "STEPS": launch.STEPS}
     pick = {"GROW": True, "EXCLUDE": False}
+    tiles = pick | passes | {"GROUP": launch.GROUP, "WIDTH": launch.WIDTH}
+    grows = [*["i32"] * 3, "i64", *["i32"] * 3, "fp32"]
     cases = [
-        (kernels.guess_kernel, ["i64", "i32"], pick | layout | {"SAMPLE": launch.SAMPLE}),
-        (kernels.count_kernel, ["i64", *["i32"] * 3], pick | passes),
-        (kernels.narrow_kernel, ["i64", *["i32"] * 3], {"GROW": True, "LOW": 0, "LAST": True}),
-        (kernels.ties_kernel, ["i64", *["i32"] * 3], pick | passes),
-        (kernels.mark_kernel, ["i64", *["i32"] * 3, "i64"], passes),
-        (kernels.apply_kernel, ["i64", *["i32"] * 3, "i64", "i32", "i32", "fp32"],
-         passes | {"EXCLUDE": False, "REINIT": False, "STATES": 2, "S": tl.float32}),
+        (triton_search.guess_kernel, ["i32"] * 2, pick | layout | {"SAMPLE": launch.SAMPLE}, launch.GUESS_WARPS),
+        (kernels.drop_kernel, ["i32"] * 4, passes, launch.WARPS),
+        (triton_search.judge_kernel, ["i32"] * 3, {"GROW": True, "LOW": 0}, 1),
+        (triton_search.count_kernel, ["i32"] * 4, tiles, launch.WARPS),
+        (triton_search.narrow_kernel, ["i32"] * 3, {"GROW": True, "LAST": True}, launch.NARROW_WARPS),
+        (triton_search.ties_kernel, ["i32"] * 4, tiles, launch.WARPS),
+        (kernels.grow_kernel, grows, passes | {"EXCLUDE": False}, launch.WARPS),
+        (kernels.apply_kernel, [*["i32"] * 3, "i64", "i32", "i32"],
+         passes | {"EXCLUDE": False, "REINIT": False, "STATES": 2, "S": tl.float32}, launch.WARPS),
     ]  # fmt: skip
-    for kernel, types, constants in cases:
-        compiled = compile_for(kernel, types, constants, target, warps=launch.WARPS)
+    for kernel, types, constants, warps in cases:
+        compiled = compile_for(kernel, ["i64", *types], constants, target, warps=warps)
         assert resources(compiled, target)[1] == 0, kernel
+        if "STRIDED" in constants:  # bfloat16, channels last, three states
+            constants |= {"W": tl.bfloat16, "LOW": 16, "STRIDED": True, "ALIGNED": False}
+            constants |= {"STATES": 3} if "STATES" in constants else {}
+            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            compiled = compile_for(kernel, ["i64", *types], constants, target, warps=warps)
+            assert resources(compiled, target)[1] == 0, kernel

@@ -17,6 +17,7 @@ if DEVICE == "cpu":
 import torch
 
 from sparselearn.kernels.select import Item, launch, reference
+from sparselearn.kernels.select import triton_search as kernels
 
 SMALL = {"block": 128, "steps": 2, "warps": 4, "sample": 64}  # several programs for each layer
 TINY = torch.finfo(torch.float32).smallest_normal
@@ -86,11 +87,34 @@ def check(items, what, blocks=SMALL, **options):
     assert near or not torch.isfinite(torch.tensor(expected.squares)), what
 
 
+WAYS = set()
+
+
+class Seen(launch.Search):
+    """Notes the ways that searches took."""
+
+    def find(self):
+        found = super().find()
+        for row in self.search.tolist():
+            sure, packed, missing, ties, threshold = (
+                row[i.value] for i in (kernels.SURE, kernels.PACKED, kernels.MISSING, kernels.TIES, kernels.LO)
+            )
+            way = "packed" if packed else "too many" if sure else "wrong guess"
+            at_end = threshold in row[kernels.HOT.value :][:2]
+            WAYS.add((way, "some ties" if missing < ties else "all ties", "end" if at_end else "inside"))
+        return found
+
+
+launch.Search = Seen
+
+
 def check_refused():
     g = torch.Generator().manual_seed(3)
-    for part, place in product(("weight", "grad"), (0, -1)):
-        items = [item("normal", "normal", shape, torch.float32, 0.4, 0.3, g) for shape in SHAPES]
-        getattr(items[3], part).view(-1)[place] = -torch.nan
+    for part, active in product(("weight", "grad"), (True, False)):
+        shapes = SHAPES[3:4] if "--quick" in sys.argv and active else SHAPES
+        items = [item("normal", "normal", shape, torch.float32, 0.4, 0.3, g) for shape in shapes]
+        refused = items[3 % len(items)]
+        getattr(refused, part)[tuple((refused.mask == active).nonzero()[-1])] = -torch.nan
         before = copied(items)
         assert launch.update(items, **SMALL) is None
         assert reference.update(items) is None
@@ -100,6 +124,17 @@ def check_refused():
     items = [item("normal", "normal", (9, 9), torch.float32, 0.5, 0.3, g)]
     items = [items[0]._replace(n_keep=items[0].n_active + 1)]  # more than there are
     assert launch.update(items, **SMALL) is None
+
+
+def check_misled():
+    """Scores that are otherwise at the places of the sample than elsewhere, and many of them equal."""
+    g = torch.Generator().manual_seed(5)
+    x = item("few values", "few values", (16, 64), torch.float32, 1, 0.5, g)
+    i = torch.arange(64)
+    sampled = i * 16 + ((i * 40503) & 0xFFFF) * 16 // 65536
+    for score in (x.weight, x.grad):
+        score.view(-1)[sampled] = 9
+    check([x], "misled")
 
 
 def check_all():
@@ -128,5 +163,9 @@ def check_all():
 
 if __name__ == "__main__":
     check_refused()
+    check_misled()
+    assert ("wrong guess", "some ties", "inside") in WAYS
     check_all()
+    seen = {way[:2] for way in WAYS}
+    assert "--quick" in sys.argv or len(seen) == 6, f"no case went other ways than {sorted(seen)}"
     print("all equal")

@@ -1,6 +1,8 @@
 """Times a mask update of whole networks on a GPU: all layers at once against layer by layer.
 
-    python -m sparselearn.kernels.select.bench --out kernels/results/select-h100.csv
+    python -m sparselearn.kernels.select.bench --out kernels/results/select-h200.csv
+    python -m sparselearn.kernels.select.bench --quick --profile    # within 90 s, with the time of each kernel
+    python -m sparselearn.kernels.select.bench --tune GPT           # other sizes of blocks, nothing is written
 
 Sparsity 0.9, drop fraction 0.3, random weights and gradients. Columns, in seconds, medians over rounds with the lowest
 and the highest in `..._spread`; every round takes each way once, from the same weights:
@@ -10,7 +12,8 @@ and the highest in `..._spread`; every round takes each way once, from the same 
 - `by_layer`: the same work by the operations that the engine does layer after layer where there is no kernel.
 - `topk`, `sort`: only the new masks, by torch.topk with ties to the lower index, and by a stable torch.sort.
 
-Before anything is timed, the masks and the moved weights of all ways are compared; a difference ends the run.
+Before anything is timed, the masks and the moved weights of all ways are compared; a difference ends the run. The
+table is written after every row.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from sparselearn.kernels.masked_optimizer.bench import place
 from sparselearn.kernels.select import Item, Updated, reference
 
 DENSITY, DROP = 0.1, 0.3
+TUNED = ((512, 32, 4, 8192), (1024, 16, 4, 8192), (1024, 16, 8, 8192), (256, 64, 2, 8192), (512, 32, 4, 4096))
 PAUSE = 30_000_000  # cycles, more than the host needs for all launches
 Shapes = Sequence[tuple[int, ...]]
 Way = Callable[[Sequence[Item]], Sequence[Tensor]]
@@ -174,9 +178,32 @@ def check(ways: dict[str, Way], before: Restored) -> None:
             raise SparsityError(f"`{name}` gives other masks or weights than `at_once`.")
 
 
+def profile(call: Callable[[], object]) -> list[tuple[str, float]]:
+    """(name, microseconds) of all that a call does on the device, in order."""
+    wait("cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        wait("cuda")
+    events = [e for e in seen.events() or () if e.device_type.name == "CUDA"]
+    events.sort(key=lambda e: e.time_range.start)
+    return [(e.name, e.time_range.elapsed_us()) for e in events]
+
+
+def show(parts: Sequence[tuple[str, float]]) -> None:
+    """Prints the launches of our kernels in order, then sums by name, longest first."""
+    print("  in order, us: " + ", ".join(f"{name.removesuffix('_kernel')} {t:.0f}" for name, t in parts if t >= 20))
+    sums: dict[str, list[float]] = {}
+    for name, t in parts:
+        sums.setdefault(name, []).append(t)
+    longest = sorted(sums.items(), key=lambda item: -sum(item[1]))
+    for name, times in longest[:12]:
+        print(f"  {sum(times) / 1e3:8.3f} ms in {len(times):2} of {name[:80]}")
+    print(f"  {sum(t for _, t in parts) / 1e3:8.3f} ms in all", flush=True)
+
+
 def measure(
     shapes: Shapes, update: Callable[[Sequence[Item]], Updated | None], rounds: int, device: str = "cuda",
-    dtype: torch.dtype = torch.float32, states: int = 1, channels_last: bool = False,
+    dtype: torch.dtype = torch.float32, states: int = 1, channels_last: bool = False, profiled: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One row of the table."""
     before = Restored(make_items(shapes, dtype, states, device, channels_last))
@@ -192,21 +219,47 @@ def measure(
         for name, call in calls.items():
             before.again()
             times[name].append(call())
+    if profiled:
+        before.again()
+        show(profile(partial(ways["at_once"], before.items)))
     row: dict[str, Any] = {"layers": len(shapes), "weights": sum(w.numel() for w in before.weights), "rounds": rounds}
     for name, seen in times.items():
         row |= {name: statistics.median(seen), f"{name}_spread": f"{min(seen):.4g}-{max(seen):.4g}"}
     return row | {f"{name}/at_once": row[name] / row["at_once"] for name in ("by_layer", "topk", "sort")}
 
 
+def tune(network: str, deadline: float) -> None:
+    """Prints device times of the cells of a network with other blocks than those of `launch`."""
+    from sparselearn.kernels.select import launch
+
+    for known, arguments in cells():
+        if network not in known["network"]:
+            continue
+        shapes, dtype, states, last = (arguments[k] for k in ("shapes", "dtype", "states", "channels_last"))
+        before = Restored(make_items(shapes, dtype, states, "cuda", last))
+        for block, steps, warps, sample in TUNED:
+            if time.monotonic() > deadline:
+                return
+            update = partial(launch.update, block=block, steps=steps, warps=warps, sample=sample)
+            times = []
+            for _ in range(4):
+                before.again()
+                times.append(device_seconds(partial(update, before.items)) * 1e3)
+            name = f"{known['network']} {known['dtype']} channels_last={last} {block=} {steps=} {warps=} {sample=}"
+            print(f"{name}: {statistics.median(times[1:]):.3f} ms", flush=True)  # the first compiles
+        del before
+        torch.cuda.empty_cache()
+
+
 def cells() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """(columns, arguments of `measure`)."""
     large = gpt(20, 2048)  # 1.007e9 weights
     for network, shapes, dtype, states, channels_last in [
+        ("GPT 20x2048", large, torch.float32, 2, False),
+        ("GPT 20x2048", large, torch.bfloat16, 2, False),
         ("ResNet-50", resnet50(), torch.float32, 1, False),
         ("ResNet-50", resnet50(), torch.float32, 1, True),
         ("ResNet-50", resnet50(), torch.bfloat16, 1, True),
-        ("GPT 20x2048", large, torch.float32, 2, False),
-        ("GPT 20x2048", large, torch.bfloat16, 2, False),
     ]:
         known = {"network": network, "dtype": str(dtype).removeprefix("torch."),
                  "optimizer": ("SGD", "momentum", "AdamW")[states], "channels_last": channels_last}  # fmt: skip
@@ -228,24 +281,33 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=240, help="begin nothing after this time (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("kernels/results/select-h100.csv"),
+    parser.add_argument("--quick", action="store_true", help="3 rounds, and nothing begins after 75 seconds")
+    parser.add_argument("--profile", action="store_true", help="print the time of each kernel for the GPT rows")
+    parser.add_argument("--tune", metavar="NETWORK", help="only print device times with other blocks")
+    parser.add_argument("--out", type=Path, default=Path("kernels/results/select-h200.csv"),
                         help="the table, as CSV (%(default)s)")  # fmt: skip
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds = 3, 75.0
     if not torch.cuda.is_available():
         raise SparsityError("This benchmark needs a CUDA device; there is none.")
+    start = time.monotonic()
+    if options.tune:
+        return tune(options.tune, start + options.seconds)
     from sparselearn.kernels.select import launch
 
-    start, rows = time.monotonic(), []
+    rows = []
     for known, arguments in cells():
         if time.monotonic() - start > options.seconds:
             print(f"not measured, the time was up: {known}")
             continue
-        row = known | measure(update=launch.update, rounds=options.rounds, **arguments)
+        profiled = options.profile and known["network"].startswith("GPT")
+        row = known | measure(update=launch.update, rounds=options.rounds, profiled=profiled, **arguments)
         rows.append({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
         print("  ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+        write(options.out, rows, place())
         torch.cuda.empty_cache()
-    write(options.out, rows, place())
-    print(options.out)
+    print(f"{options.out}, after {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

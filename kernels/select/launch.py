@@ -11,12 +11,15 @@ from torch import Tensor
 
 from sparselearn.kernels.masked_optimizer.launch import to_device
 from sparselearn.kernels.select import triton_kernels as kernels
+from sparselearn.kernels.select import triton_search
 from sparselearn.kernels.select.reference import Item, Masks, Updated
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LOW = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits of the key that are always zero
-PASSES = 4  # a wrong guess, then 11 bits each of 31
-BLOCK, STEPS, WARPS, SAMPLE = 2048, 8, 8, 4096
+ROUNDS = 3  # of counting, 11 bits each of 31
+BLOCK, STEPS, WARPS, SAMPLE = 512, 32, 4, 8192
+GUESS_WARPS, NARROW_WARPS = 16, 8
+GROUP, WIDTH = 16, 32  # tiles of packed keys: of GROUP programs at once, WIDTH keys of each
 
 
 def layout(t: Tensor) -> tuple[int, int] | None:
@@ -77,53 +80,79 @@ def update(
     """`reference.update`, bit for bit, of items of one `kind` that all fit.
 
     Args:
-        block, steps: a program sees `steps` blocks of `block` weights, a power of 2.
+        block, steps: a program sees `steps` blocks of `block` weights, a power of 2; at most 127 steps.
         sample: weights of a layer that its threshold is guessed from, a power of 2.
     """
     w, device = items[0].weight, items[0].weight.device
     masks = [Masks(*(torch.empty_like(item.mask) for _ in range(4))) for item in items]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        programs, first = blocks(tuple(item.weight.numel() for item in items), block * steps, device)
+        sizes = tuple(item.weight.numel() for item in items)
+        programs, first = blocks(sizes, block * steps, device)
+        groups, _ = blocks(sizes, block * steps * GROUP, device)
         rows = table(items, masks, first, exclude_dropped)
-        aligned = bool((rows[:, : kernels.SIZE.value + 1] % 16 == 0).all())
+        aligned = bool((rows[:, : triton_search.SIZE.value + 1] % 16 == 0).all())
         rows = to_device(rows, device)
-        totals = torch.zeros((len(items), 4), dtype=torch.int32, device=device)
-        bad = torch.zeros(1, dtype=torch.int32, device=device)
-        squares = torch.zeros(len(programs), device=device)
+        zeros = torch.zeros(1 + 4 * len(items), dtype=torch.int32, device=device)
+        bad, totals = zeros[:1], zeros[1:]
+        squares = torch.empty(len(programs), device=device)
         shared = {
             "W": DTYPES[w.dtype], "LOW": LOW[w.dtype], "STRIDED": any(layout(i.weight) != (1, 1) for i in items),
         }  # fmt: skip
         passes = shared | {"ALIGNED": aligned, "BLOCK": block, "STEPS": steps, "num_warps": warps}
-        found = _search(rows, programs, bad, False, False, shared, passes, sample)
-        kernels.mark_kernel[(len(programs),)](rows, programs, *found, **passes)
-        found = _search(rows, programs, bad, True, exclude_dropped, shared, passes, sample)
+        drop, grow = (
+            Search(rows, programs, groups, bad, {"GROW": grow, "EXCLUDE": exclude_dropped and grow}, passes)
+            for grow in (False, True)
+        )
+        drop.guess(drop, shared, sample)
+        kernels.drop_kernel[(len(programs),)](rows, programs, drop.search, drop.counts, drop.tallies, **passes)
+        dropped = drop.find()
+        grow.guess(drop, shared, sample)
+        kernels.grow_kernel[(len(programs),)](
+            rows, programs, *dropped, grow.search, grow.counts, grow.tallies, squares, EXCLUDE=exclude_dropped, **passes
+        )
         state = items[0].state
         kernels.apply_kernel[(len(programs),)](
-            rows, programs, *found, bad, totals, squares, EXCLUDE=exclude_dropped, REINIT=reinit,
+            rows, programs, *grow.find(), bad, totals, EXCLUDE=exclude_dropped, REINIT=reinit,
             STATES=len(state), S=DTYPES[state[0].dtype if state else w.dtype], **passes,
         )  # fmt: skip
-        numbers = torch.cat([bad, totals.reshape(-1), squares.double().sum().view(1)]).tolist()  # the one wait
+        numbers = torch.cat([zeros, squares.double().sum().view(1)]).tolist()  # the one wait
     if numbers[0]:
         return None
     active, grown, earlier, survivors = (list(map(int, numbers[1 + i : -1 : 4])) for i in range(4))
     return Updated(masks, active, sum(grown), sum(earlier), sum(survivors), numbers[-1])
 
 
-def _search(
-    rows: Tensor, programs: Tensor, bad: Tensor, grow: bool, exclude: bool, shared: dict[str, Any],
-    passes: dict[str, Any], sample: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Each segment's threshold; the ties of each program, and their running sum."""
-    what = {"GROW": grow, "EXCLUDE": exclude}
-    segments, device = len(rows), rows.device
-    search = torch.empty((segments, kernels.SEARCH.value), dtype=torch.int32, device=device)
-    counts = torch.zeros((segments, kernels.COUNTS.value), dtype=torch.int32, device=device)
-    kernels.guess_kernel[(segments,)](rows, search, **what, **shared, SAMPLE=sample, num_warps=8)
-    for i in range(PASSES):
-        kernels.count_kernel[(len(programs),)](rows, programs, search, counts, **what, **passes)
-        kernels.narrow_kernel[(segments,)](
-            rows, search, counts, bad, GROW=grow, LOW=shared["LOW"], LAST=i == PASSES - 1, num_warps=8
+class Search:
+    """The threshold of each segment: of what to drop, or of what to grow."""
+
+    def __init__(
+        self, rows: Tensor, programs: Tensor, groups: Tensor, bad: Tensor, what: dict[str, Any], passes: dict[str, Any]
+    ) -> None:
+        integers: dict[str, Any] = {"dtype": torch.int32, "device": rows.device}
+        self.rows, self.groups, self.bad, self.what, self.passes = rows, groups, bad, what, passes
+        self.search = torch.empty((len(rows), triton_search.SEARCH.value), **integers)
+        self.counts = torch.zeros((len(rows), triton_search.COUNTS.value), **integers)
+        self.tallies = torch.empty((len(programs), triton_search.TALLY.value), **integers)
+        self.ties = torch.empty(len(programs), **integers)
+
+    def guess(self, drop: "Search", shared: dict[str, Any], sample: int) -> None:
+        triton_search.guess_kernel[(len(self.rows),)](
+            self.rows, self.search, drop.search, **self.what, **shared, SAMPLE=sample, num_warps=GUESS_WARPS
         )
-    ties = torch.empty(len(programs), dtype=torch.int32, device=device)
-    kernels.ties_kernel[(len(programs),)](rows, programs, search, ties, **what, **passes)
-    return search, ties, ties.cumsum(0)
+
+    def find(self) -> tuple[Tensor, Tensor, Tensor]:
+        """After the pass over the layer: each segment's threshold; the ties of each program, and their running sum."""
+        rows, grow = self.rows, self.what["GROW"]
+        tiles = self.what | self.passes | {"GROUP": GROUP, "WIDTH": WIDTH}
+        triton_search.judge_kernel[(len(rows),)](
+            rows, self.search, self.counts, self.bad, GROW=grow, LOW=self.passes["LOW"], num_warps=1
+        )
+        for i in range(ROUNDS):
+            triton_search.count_kernel[(len(self.groups),)](
+                rows, self.groups, self.search, self.counts, self.tallies, **tiles
+            )
+            triton_search.narrow_kernel[(len(rows),)](
+                rows, self.search, self.counts, self.bad, GROW=grow, LAST=i == ROUNDS - 1, num_warps=NARROW_WARPS
+            )
+        triton_search.ties_kernel[(len(self.groups),)](rows, self.groups, self.search, self.tallies, self.ties, **tiles)
+        return self.search, self.ties, self.ties.cumsum(0)
