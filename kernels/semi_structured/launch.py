@@ -184,6 +184,12 @@ def token_groups(tokens: int) -> int:
     return int(triton.next_power_of_2(triton.cdiv(tokens, 8)))
 
 
+def decode_options(blocks: DecodeBlocks, groups: int) -> dict[str, int]:
+    """What the compiler is told. 16 warps need few registers each, lest a multiprocessor hold one program alone."""
+    limit = {"maxnreg": 64} if blocks == DecodeBlocks(1, 16) and groups == 1 else {}
+    return {"num_warps": blocks.warps * blocks.rows} | limit
+
+
 def decode_key(kept: Tensor, dtype: torch.dtype, tokens: int) -> tuple[object, ...]:
     name = str(dtype).removeprefix("torch.")
     return ("sp24_decode", kept.shape[0] * fragments.ROWS, kept.shape[1] * 32, name, triton.next_power_of_2(tokens))
@@ -210,10 +216,11 @@ def decode(
     x = x.contiguous()
     x = (x.clone() if x.data_ptr() % 16 else x).view(torch.int32)
     arguments = (kept, places, x, bias, out, tokens, neurons, x.shape[1] * 2)
+    groups = token_groups(tokens)
     constants = {
-        "BR": blocks.blocks, "BT": token_groups(tokens), "BW": blocks.warps,
-        "EVEN": kept.shape[1] // 8 % blocks.warps == 0, "STEPS": gluon_kernels.instructions(out.dtype),
-        "HAS_BIAS": bias is not None, "num_warps": blocks.warps * blocks.rows,
+        "BR": blocks.blocks, "BT": groups, "BW": blocks.warps, "EVEN": kept.shape[1] // 8 % blocks.warps == 0,
+        "STEPS": gluon_kernels.instructions(out.dtype), "HAS_BIAS": bias is not None,
+        **decode_options(blocks, groups),
     }  # fmt: skip
     grid = (kept.shape[0] // blocks.blocks,)
     if blocks.stages < 2:
