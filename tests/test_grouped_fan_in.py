@@ -155,6 +155,35 @@ def test_mistakes_are_named():
         scores(grad, x, 3)
 
 
+# ---- the benchmark's bookkeeping -----------------------------------------------------------------------------
+
+
+def test_a_section_of_the_benchmark_stops_in_time_and_keeps_what_it_has(monkeypatch, tmp_path, capsys):
+    from sparselearn.kernels.grouped_fan_in import bench
+
+    monkeypatch.setattr(bench, "facts", lambda: {"gpu": "none"})
+    run = bench.Run(tmp_path / "rows.csv", 100)
+    shown = bench.make_case((4096, 4096), 64, 32, 0.9)
+
+    def work():
+        return [bench.Row(shown, "dense", 3e-6), bench.Row(shown, "layer", 1e-6, "blocks")]
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    run.take("forward", iter([work, broken, work]), 100)
+    run.take("grid", iter([work]), -1)
+    run.file.close()
+    rows = (tmp_path / "rows.csv").read_text().splitlines()
+    assert rows[1] == "forward,4096,4096,64,32,0.9062,bfloat16,dense,3.00,1.000,,none"
+    assert rows[2] == "forward,4096,4096,64,32,0.9062,bfloat16,layer,1.00,3.000,blocks,none"
+    assert len(rows) == 5
+    assert run.failures == ["forward: RuntimeError: no such kernel"]
+    assert "stopped in `grid`: the time is up" in capsys.readouterr().out
+    every = {case for section in bench.LIMITS if section != "step" for case in bench.first_cases(section)}
+    assert {case.group for case in every} == {8, 16, 32, 64, 128}
+
+
 # ---- Triton without a GPU ------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,8 @@ class GroupedFanInLinear(SparseModule):
         way: forces a way of computing: "dense", with the weight written out; "sparse"; or "collected", sparse with the
             gradient of the input, too. None takes the fastest.
         by_feature: lay results out by feature, which another layer of this kind (also after an element-wise function)
-            reads without a copy.
+            reads without a copy. Layers that read the same x share one copy of it when they are given
+            `kernels.grouped_fan_in.by_feature(x)`.
 
     >>> layer, mask = nn.Linear(64, 32), torch.eye(2, 64).bool().repeat_interleave(16, 0)
     >>> layer.weight.data.masked_fill_(~mask, 0).shape
