@@ -95,7 +95,7 @@ class _Rows:
         by_feature = rows > 1 and not x.is_contiguous()
         y = torch.empty_strided((rows, self.outputs), (1, rows) if by_feature else (self.outputs, 1))
         bias_at = 0 if bias is None else bias.data_ptr()
-        width = _width(rows, self.inputs)
+        width = _width(rows, self.inputs, self.shared)
         tiles = _packed(x, width)
         _run(
             cpu_kernels.tile, values.numel() * rows, self.outputs, self.shared, self.starts.data_ptr(),
@@ -114,9 +114,13 @@ def _shared(indices: Tensor) -> int:
     return together if bool((groups == groups[:, :1]).all()) else 1
 
 
-def _width(rows: int, inputs: int) -> int:
-    """Rows of a tile: the cheapest for so many rows, as long as the tile fits into half the cache."""
-    fitting = [(w, cost) for w, cost in _WIDTHS if w == 8 or w * inputs * 4 <= _cache_bytes() // 2]
+def _width(rows: int, inputs: int, shared: int = 1) -> int:
+    """Rows of a tile: the cheapest for so many rows, as long as the tile fits into half the cache.
+
+    The sums of neurons that are computed together must leave registers for x: AVX2 has 16 in all.
+    """
+    most = 32 if shared == 1 or cpu_kernels.BLOCK == 16 else 16
+    fitting = [(w, cost) for w, cost in _WIDTHS if w == 8 or (w <= most and w * inputs * 4 <= _cache_bytes() // 2)]
     return min(fitting, key=lambda pair: (-(-rows // pair[0]) * pair[1], -pair[0]))[0]
 
 

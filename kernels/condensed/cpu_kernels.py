@@ -180,6 +180,18 @@ def _transpose(typing: Any, source: Any, source_stride: Any, target: Any, target
 
 
 @intrinsic
+def _move(typing: Any, source: Any, target: Any) -> Any:
+    """target[i] = source[i] for i < SIDE; addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target = (_vector_at(builder, address, SIDE) for address in args)
+        builder.store(builder.load(source, align=4), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
 def _sampled(
     typing: Any, x: Any, x_stride: Any, grad: Any, grad_stride: Any, tiles: Any, columns: Any, out: Any
 ) -> Any:
@@ -288,6 +300,11 @@ def pack(block: Any) -> None:
                     source = a[1] + 4 * ((t * T + b) * row_stride + done)
                     _transpose(source, row_stride, a[8] + 4 * ((t * I + done) * T + b), T)
                 done += SIDE
+        elif row_stride == 1 and rows == T:  # numba would copy number by number: it does not know the stride
+            for i in range(first, last):
+                for b in range(0, T, SIDE):
+                    _move(a[1] + 4 * (t * T + b + i * column_stride), a[8] + 4 * ((t * I + i) * T + b))
+            done = last
         for i in range(done, last):
             for b in range(rows):
                 target[t, i, b] = x[(t * T + b) * row_stride + i * column_stride]
