@@ -62,7 +62,8 @@ def tuned(kernel: str, values: Tensor, tokens: int) -> Blocks | None:
 
 
 def forward_blocks(values: Tensor, tokens: int) -> Blocks:
-    """Measured blocks, or those that were best on an H100 in the prototype's sweep (4096², 90 % sparsity, bf16)."""
+    """Measured blocks, or those that were best at 4096², 90 % sparsity: on an H200 (bf16), else in the prototype's sweep
+    on an H100."""
     if (measured := tuned("forward", values, tokens)) is not None:
         return measured
     group = values.shape[1]
@@ -70,6 +71,8 @@ def forward_blocks(values: Tensor, tokens: int) -> Blocks:
         best = Blocks(16, 64, 2 if group < 64 else 4, 5)
     elif tokens <= 64:
         best = Blocks(64, 64, 4, 3, group > 8)
+    elif group in (16, 32, 64) and values.itemsize == 2:
+        best = Blocks(256, 64, 8, 2, True, True) if group == 32 and tokens > 128 else Blocks(128, 64, 4, 2, True, True)
     elif group == 32:
         best = Blocks(128, 32, 4, 4, True)
     else:
@@ -86,7 +89,7 @@ def copy_blocks(dtype: torch.dtype) -> Blocks:
 def grad_blocks(values: Tensor, tokens: int) -> Blocks:
     if (measured := tuned("grad_values", values, tokens)) is not None:
         return measured
-    return Blocks(32, 64, 4, 3) if values.itemsize == 4 else Blocks(64, 64, 4, 3)
+    return Blocks(32, 64, 4, 3) if values.itemsize == 4 else Blocks(64, 128, 4, 3)
 
 
 @cache
