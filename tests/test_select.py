@@ -234,24 +234,28 @@ def test_the_kernels_compile_without_spilling(target):
     from sparselearn.kernels.select import triton_kernels as kernels
 
     layout = {"W": tl.float32, "LOW": 0, "STRIDED": False}
-    passes = layout | {"ALIGNED": True, "BLOCK": launch.BLOCK, "STEPS": launch.STEPS}
+    passes = layout | {"ALIGNED": True, "BLOCK": launch.BLOCK, "STEPS": launch.STEPS, "LANES": 32 * launch.WARPS}
     pick = {"GROW": True, "EXCLUDE": False}
-    tiles = pick | passes | {"GROUP": launch.GROUP, "WIDTH": launch.WIDTH}
-    grows = [*["i32"] * 3, "i64", *["i32"] * 3, "fp32"]
+    tiles = pick | passes | {"GROUP": launch.GROUP, "TILE": launch.TILE}
+    grows = [*["i32"] * 3, "i64", *["i32"] * 4, "fp32"]
     cases = [
         (triton_search.guess_kernel, ["i32"] * 2, pick | layout | {"SAMPLE": launch.SAMPLE}, launch.GUESS_WARPS),
-        (kernels.drop_kernel, ["i32"] * 4, passes, launch.WARPS),
+        (kernels.drop_kernel, ["i32"] * 5, passes, launch.WARPS),
         (triton_search.judge_kernel, ["i32"] * 3, {"GROW": True, "LOW": 0}, 1),
-        (triton_search.count_kernel, ["i32"] * 4, tiles, launch.WARPS),
+        (triton_search.count_kernel, ["i32"] * 5, tiles | {"MANY": True}, launch.WARPS),
+        (triton_search.count_kernel, ["i32"] * 5, tiles | {"MANY": False}, launch.WARPS),
         (triton_search.narrow_kernel, ["i32"] * 3, {"GROW": True, "LAST": True}, launch.NARROW_WARPS),
-        (triton_search.ties_kernel, ["i32"] * 4, tiles, launch.WARPS),
+        (triton_search.ties_kernel, ["i32"] * 5, tiles, launch.WARPS),
         (kernels.grow_kernel, grows, passes | {"EXCLUDE": False}, launch.WARPS),
         (kernels.apply_kernel, [*["i32"] * 3, "i64", "i32", "i32"],
          passes | {"EXCLUDE": False, "REINIT": False, "STATES": 2, "S": tl.float32}, launch.WARPS),
     ]  # fmt: skip
     for kernel, types, constants, warps in cases:
         compiled = compile_for(kernel, ["i64", *types], constants, target, warps=warps)
-        assert resources(compiled, target)[1] == 0, kernel
+        _, spilled, shared = resources(compiled, target)
+        assert spilled == 0, kernel
+        if kernel in (kernels.drop_kernel, kernels.grow_kernel, kernels.apply_kernel):
+            assert shared <= 64, f"{kernel} moves whole tiles between threads"
         if "STRIDED" in constants:  # bfloat16, channels last, three states
             constants |= {"W": tl.bfloat16, "LOW": 16, "STRIDED": True, "ALIGNED": False}
             constants |= {"STATES": 3} if "STATES" in constants else {}

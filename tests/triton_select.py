@@ -19,7 +19,7 @@ import torch
 from sparselearn.kernels.select import Item, launch, reference
 from sparselearn.kernels.select import triton_search as kernels
 
-SMALL = {"block": 128, "steps": 2, "warps": 4, "sample": 64}  # several programs for each layer
+SMALL = {"block": 128, "steps": 2, "warps": 1, "sample": 64}  # several programs for each layer
 TINY = torch.finfo(torch.float32).smallest_normal
 
 
@@ -106,6 +106,7 @@ class Seen(launch.Search):
 
 
 launch.Search = Seen
+launch.TILE = 32  # several tiles for the packed keys of a program
 
 
 def check_refused():
@@ -155,7 +156,7 @@ def check_all():
         what = f"{w_kind} {g_kind} {dtype} {exclude=} {reinit=} {last=}"
         check(items, what, exclude_dropped=exclude, reinit=reinit)
     aligned = [item("normal", "half ties", (16, 64), torch.float32, 0.3, 0.3, g, states=2) for _ in range(2)]
-    check(aligned, "sizes of whole sectors", {"block": 128, "steps": 4, "sample": 16})
+    check(aligned, "sizes of whole sectors", {"block": 128, "steps": 4, "warps": 1, "sample": 16})
     grows = [x._replace(n_grow=x.n_grow + 5) for x in aligned]
     check(grows, "more than before")
     check([item("few values", "equal", (9, 9), torch.float32, 0.5, 0, g)], "nothing moves")

@@ -33,7 +33,7 @@ from sparselearn.kernels.masked_optimizer.bench import place
 from sparselearn.kernels.select import Item, Updated, reference
 
 DENSITY, DROP = 0.1, 0.3
-TUNED = ((512, 32, 4, 8192), (1024, 16, 4, 8192), (1024, 16, 8, 8192), (256, 64, 2, 8192), (512, 32, 4, 4096))
+TUNED = ((512, 32, 4, 8192), (1024, 16, 8, 8192), (1024, 16, 4, 8192), (256, 32, 2, 8192))
 PAUSE = 30_000_000  # cycles, more than the host needs for all launches
 Shapes = Sequence[tuple[int, ...]]
 Way = Callable[[Sequence[Item]], Sequence[Tensor]]

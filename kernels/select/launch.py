@@ -16,10 +16,10 @@ from sparselearn.kernels.select.reference import Item, Masks, Updated
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LOW = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits of the key that are always zero
-ROUNDS = 3  # of counting, 11 bits each of 31
+ROUNDS = 4  # of counting, 8 bits each of 31
 BLOCK, STEPS, WARPS, SAMPLE = 512, 32, 4, 8192
 GUESS_WARPS, NARROW_WARPS = 16, 8
-GROUP, WIDTH = 16, 32  # tiles of packed keys: of GROUP programs at once, WIDTH keys of each
+GROUP, TILE = 16, 512  # packed keys: one program for those of GROUP others, TILE slots of the buffer at once
 
 
 def layout(t: Tensor) -> tuple[int, int] | None:
@@ -80,7 +80,7 @@ def update(
     """`reference.update`, bit for bit, of items of one `kind` that all fit.
 
     Args:
-        block, steps: a program sees `steps` blocks of `block` weights, a power of 2; at most 127 steps.
+        block, steps: a program sees `steps` blocks of `block` weights, a power of 2; a thread at most 255 of them.
         sample: weights of a layer that its threshold is guessed from, a power of 2.
     """
     w, device = items[0].weight, items[0].weight.device
@@ -98,17 +98,18 @@ def update(
         shared = {
             "W": DTYPES[w.dtype], "LOW": LOW[w.dtype], "STRIDED": any(layout(i.weight) != (1, 1) for i in items),
         }  # fmt: skip
-        passes = shared | {"ALIGNED": aligned, "BLOCK": block, "STEPS": steps, "num_warps": warps}
+        passes = shared | {"ALIGNED": aligned, "BLOCK": block, "STEPS": steps}
+        passes |= {"LANES": 32 * warps, "num_warps": warps}
         drop, grow = (
             Search(rows, programs, groups, bad, {"GROW": grow, "EXCLUDE": exclude_dropped and grow}, passes)
             for grow in (False, True)
         )
         drop.guess(drop, shared, sample)
-        kernels.drop_kernel[(len(programs),)](rows, programs, drop.search, drop.counts, drop.tallies, **passes)
+        kernels.drop_kernel[(len(programs),)](rows, programs, *drop.all, **passes)
         dropped = drop.find()
         grow.guess(drop, shared, sample)
         kernels.grow_kernel[(len(programs),)](
-            rows, programs, *dropped, grow.search, grow.counts, grow.tallies, squares, EXCLUDE=exclude_dropped, **passes
+            rows, programs, *dropped, *grow.all, squares, EXCLUDE=exclude_dropped, **passes
         )
         state = items[0].state
         kernels.apply_kernel[(len(programs),)](
@@ -133,7 +134,9 @@ class Search:
         self.search = torch.empty((len(rows), triton_search.SEARCH.value), **integers)
         self.counts = torch.zeros((len(rows), triton_search.COUNTS.value), **integers)
         self.tallies = torch.empty((len(programs), triton_search.TALLY.value), **integers)
+        self.lengths = torch.empty((len(programs), passes["LANES"]), **integers)
         self.ties = torch.empty(len(programs), **integers)
+        self.all = self.search, self.counts, self.tallies, self.lengths
 
     def guess(self, drop: "Search", shared: dict[str, Any], sample: int) -> None:
         triton_search.guess_kernel[(len(self.rows),)](
@@ -143,16 +146,16 @@ class Search:
     def find(self) -> tuple[Tensor, Tensor, Tensor]:
         """After the pass over the layer: each segment's threshold; the ties of each program, and their running sum."""
         rows, grow = self.rows, self.what["GROW"]
-        tiles = self.what | self.passes | {"GROUP": GROUP, "WIDTH": WIDTH}
+        tiles = self.what | self.passes | {"GROUP": GROUP, "TILE": TILE}
         triton_search.judge_kernel[(len(rows),)](
             rows, self.search, self.counts, self.bad, GROW=grow, LOW=self.passes["LOW"], num_warps=1
         )
         for i in range(ROUNDS):
-            triton_search.count_kernel[(len(self.groups),)](
-                rows, self.groups, self.search, self.counts, self.tallies, **tiles
-            )
+            triton_search.count_kernel[(len(self.groups),)](rows, self.groups, *self.all, MANY=i == 0, **tiles)
             triton_search.narrow_kernel[(len(rows),)](
                 rows, self.search, self.counts, self.bad, GROW=grow, LAST=i == ROUNDS - 1, num_warps=NARROW_WARPS
             )
-        triton_search.ties_kernel[(len(self.groups),)](rows, self.groups, self.search, self.tallies, self.ties, **tiles)
+        triton_search.ties_kernel[(len(self.groups),)](
+            rows, self.groups, self.search, self.tallies, self.lengths, self.ties, **tiles
+        )
         return self.search, self.ties, self.ties.cumsum(0)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from sparselearn.kernels.select.triton_search import (
     ABOVE,
+    CHANNELS,
     CHOSEN,
     COUNTS,
     DROPPED,
@@ -24,8 +25,10 @@ from sparselearn.kernels.select.triton_search import (
     HOT_KEYS,
     INACTIVE,
     INFINITY,
+    INNER,
     KEPT,
     LO,
+    MASK,
     MISSING,
     NAN,
     NEW,
@@ -41,33 +44,54 @@ from sparselearn.kernels.select.triton_search import (
     TOO_MANY,
     UNDECIDED,
     WEIGHT,
-    candidates,
     growable,
     key_of,
     packed_part,
-    place,
     pointer,
     size_of,
 )  # fmt: skip
 
+# A block is a tile [LANES, weights of a lane]: a lane is a thread, whose weights are neighbours. Sums and running sums
+# of a lane need no other thread; what crosses lanes (shuffles, shared memory, barriers) comes once, at the program's
+# end. Four weights for a lane: with more, stores of 32 bits and of 8 want other tiles, and each is moved to its own.
+
 
 @triton.jit
-def sift(may, key, lo, end, hot, hotter, part, room, found, tally, LOW: tl.constexpr):
-    """Packs the keys of a block that are in the window behind the `found` ones before.
+def tile(BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Numbers of a block's weights."""
+    each: tl.constexpr = BLOCK // LANES
+    return tl.arange(0, LANES)[:, None] * each + tl.arange(0, each)[None, :]
 
-    Returns (which are above the window, which are in it, found up to here, tally): the tally holds four counters of a
-    byte each: above, first hot key, second hot key, NaN (also where it may not be chosen).
+
+@triton.jit
+def home(start, i, inner, channels, STRIDED: tl.constexpr):
+    """(where a block lies, where its weights lie from there): with a scalar for the block, addresses of a thread's
+    weights differ by constants."""
+    if STRIDED:  # [out, channels, inner] in memory is [out, inner, channels]
+        at = start + i
+        rest = at % (inner * channels)
+        return start * 0, at - rest + rest % inner * channels + rest // inner
+    return start, i
+
+
+@triton.jit
+def sift(may, key, lo, end, hotter, part, room, slot, tally, top, LANES: tl.constexpr):
+    """Packs the keys of a block that are within the window, each lane's into its column of the buffer.
+
+    Returns (which are above the window, the next free slot of each lane, tally, top): the tally holds counters of a
+    byte each: above, first hot key, second hot key; top: highest key, also of what may not be chosen (NaN is highest).
+    The window's lower end is the first hot key; its upper end is the second, or the first, or above all keys.
     """
     above = may & (key > end)
-    within = may & (key >= lo) & (key <= end)
-    first, second = within & (key == hot), within & (key == hotter)
-    cold = (within & (key != hot) & (key != hotter)).to(tl.int32)
-    rank = found + tl.cumsum(cold, 0) - 1
-    rank = tl.where((cold != 0) & (rank < room), rank, -1)
-    tl.store(part + rank.to(tl.int64), key, mask=rank >= 0)
-    nan = key > (INFINITY >> LOW)
-    tally += above.to(tl.int32) + (first.to(tl.int32) << 8) + (second.to(tl.int32) << 16) + (nan.to(tl.int32) << 24)
-    return above, within, found + tl.sum(cold, 0), tally
+    cold = may & (key > lo) & (key < end)
+    step = tl.where(cold, LANES, 0)
+    to = slot[:, None] + tl.cumsum(step, 1) - step
+    # Not so, but else the compiler moves the tile to other threads for this store, through shared memory. The store
+    # itself is of single keys, as their mask differs.
+    to_ptr = tl.max_contiguous(tl.multiple_of(part + to, [1, 4 * may.shape[1]]), [1, may.shape[1]])
+    tl.store(to_ptr, key, mask=cold & (to < room))
+    seen = tl.where(above, 1, 0) + tl.where(may & (key == lo), 1 << 8, 0) + tl.where(may & (key == hotter), 1 << 16, 0)
+    return above, slot + tl.sum(step, 1), tally + tl.sum(seen, 1), tl.maximum(top, tl.max(key, 1))
 
 
 @triton.jit
@@ -77,24 +101,29 @@ def part_of(tally, i: tl.constexpr):
 
 
 @triton.jit
-def report(counts_ptr, tallies_ptr, tally, found, room):
+def report(counts_ptr, tallies_ptr, lengths_ptr, tally, top, slot, room, LOW: tl.constexpr, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES)
+    length = slot // LANES
+    tl.store(lengths_ptr + tl.program_id(0) * LANES + lane, length)
+    too_many = (length > 0) & (slot - LANES >= room)
     first, second = part_of(tally, 1), part_of(tally, 2)
     tallies_ptr += tl.program_id(0) * TALLY
-    tl.store(tallies_ptr, found)
+    tl.store(tallies_ptr, tl.max(length, 0))
     tl.store(tallies_ptr + 1, first)
     tl.store(tallies_ptr + 2, second)
+    nan = tl.max(top, 0) > (INFINITY >> LOW)
     tl.atomic_add(counts_ptr + ABOVE, part_of(tally, 0), sem="relaxed")
-    tl.atomic_add(counts_ptr + NAN, part_of(tally, 3), sem="relaxed")
+    tl.atomic_add(counts_ptr + NAN, 1, mask=nan, sem="relaxed")
     tl.atomic_add(counts_ptr + HOT_KEYS, first, sem="relaxed")
-    tl.atomic_add(counts_ptr + HOT_KEYS + 1, second, sem="relaxed")
-    tl.atomic_add(counts_ptr + FOUND, found, sem="relaxed")
-    tl.atomic_add(counts_ptr + TOO_MANY, (found > room).to(tl.int32), sem="relaxed")
+    tl.atomic_add(counts_ptr + HOT_KEYS + 1, second, mask=second > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + FOUND, tl.sum(length, 0), sem="relaxed")
+    tl.atomic_add(counts_ptr + TOO_MANY, 1, mask=tl.max(too_many.to(tl.int32), 0) > 0, sem="relaxed")
 
 
 @triton.jit
 def drop_kernel(
-    table_ptr, blocks_ptr, search_ptr, counts_ptr, tallies_ptr, W: tl.constexpr, LOW: tl.constexpr,
-    STRIDED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    table_ptr, blocks_ptr, search_ptr, counts_ptr, tallies_ptr, lengths_ptr, W: tl.constexpr, LOW: tl.constexpr,
+    STRIDED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The pass over all weights: packs and counts their keys, and writes marks: KEPT above the window, DROPPED below,
     OPEN in it, 0 = inactive."""
@@ -103,23 +132,28 @@ def drop_kernel(
     start = program * (BLOCK * STEPS)
     row_ptr = table_ptr + segment * ROW
     search_ptr += segment * SEARCH
-    lo, end = tl.load(search_ptr + LO), tl.load(search_ptr + END)
-    hot, hotter = tl.load(search_ptr + HOT), tl.load(search_ptr + HOT + 1)
+    lo, end, hotter = tl.load(search_ptr + LO), tl.load(search_ptr + END), tl.load(search_ptr + HOT + 1)
     n = size_of(row_ptr, ALIGNED)
+    inner, channels = tl.load(row_ptr + INNER).to(tl.int32), tl.load(row_ptr + CHANNELS).to(tl.int32)
+    masks, weights = pointer(row_ptr, MASK, tl.int8, ALIGNED), pointer(row_ptr, WEIGHT, W, ALIGNED)
+    marks = pointer(row_ptr, NEW, tl.int8, ALIGNED)
     room = tl.minimum(n - start, BLOCK * STEPS) // 4
     part = packed_part(row_ptr, program, ALIGNED, BLOCK * STEPS)
-    found = tl.zeros((), tl.int32)
-    tally = tl.zeros((BLOCK,), tl.int32)
+    i = tile(BLOCK, LANES)
+    slot = tl.arange(0, LANES)
+    tally = tl.zeros((LANES,), tl.int32)
+    top = tl.zeros((LANES,), tl.int32)
     for _ in range(tl.cdiv(tl.minimum(n - start, BLOCK * STEPS), BLOCK)):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < n
-        where = place(row_ptr, at, STRIDED)
-        may, key = candidates(row_ptr, where, inside, False, False, W, LOW, ALIGNED)
-        above, within, found, tally = sift(may, key, lo, end, hot, hotter, part, room, found, tally, LOW)
-        mark = tl.where(may, tl.where(above, KEPT, tl.where(within, OPEN, DROPPED)), 0)
-        tl.store(pointer(row_ptr, NEW, tl.int8, ALIGNED) + where, mark.to(tl.int8), mask=inside)
+        inside = i < n - start
+        here, where = home(start, i, inner, channels, STRIDED)
+        may = tl.load(masks + here + where, mask=inside, other=0).to(tl.int32) != 0
+        key = key_of(tl.load(weights + here + where, mask=inside, other=0.0), LOW)
+        above, slot, tally, top = sift(may, key, lo, end, hotter, part, room, slot, tally, top, LANES)
+        mark = tl.where(may, tl.where(above, KEPT, tl.where(key >= lo, OPEN, DROPPED)), 0)
+        tl.store(marks + here + where, mark.to(tl.int8), mask=inside)
         start += BLOCK
-    report(counts_ptr + segment * COUNTS, tallies_ptr, tally, found, room)
+    counts_ptr += segment * COUNTS
+    report(counts_ptr, tallies_ptr, lengths_ptr, tally, top, slot, room, LOW, LANES)
 
 
 @triton.jit
@@ -131,27 +165,41 @@ def ties_before(row_ptr, ties_ptr, offsets_ptr):
 
 
 @triton.jit
-def choose(may, key, threshold, missing, partial, before):
+def choice(row_ptr, search_ptr, ties_ptr, offsets_ptr):
+    """(threshold, the lowest key of which this program chooses all, whether it chooses some of its ties but not all,
+    ties before it, up to which rank they are chosen)."""
+    threshold, missing = tl.load(search_ptr + LO), tl.load(search_ptr + MISSING)
+    partial = missing < tl.load(search_ptr + TIES)
+    before, ties = ties_before(row_ptr, ties_ptr, offsets_ptr), tl.load(ties_ptr + tl.program_id(0))
+    every = (partial == 0) | (before + ties <= missing)
+    some = (every == 0) & (before < missing)
+    return threshold, tl.where(every, threshold, threshold + 1), some, before, missing
+
+
+@triton.jit
+def choose(may, key, threshold, least, some, before, missing):
     """(which of a block are chosen, ties up to its end); `before`: ties ahead of it."""
-    tie = may & (key == threshold)
-    chosen = tie
-    if partial:
-        rank = before + tl.cumsum(tie.to(tl.int32), 0)
-        chosen = tie & (rank <= missing)
-        before += tl.sum(tie.to(tl.int32), 0)
-    return (may & (key > threshold)) | chosen, before
+    chosen = may & (key >= least)
+    if some:
+        tie = may & (key == threshold)
+        each = tie.to(tl.int32)
+        of_lane = tl.sum(each, 1)
+        rank = before + (tl.cumsum(of_lane, 0) - of_lane)[:, None] + tl.cumsum(each, 1)
+        chosen = chosen | (tie & (rank <= missing))
+        before += tl.sum(of_lane, 0)
+    return chosen, before
 
 
 @triton.jit
 def grow_kernel(
-    table_ptr, blocks_ptr, dropped_ptr, ties_ptr, offsets_ptr, search_ptr, counts_ptr, tallies_ptr, squares_ptr,
-    EXCLUDE: tl.constexpr, W: tl.constexpr, LOW: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    table_ptr, blocks_ptr, dropped_ptr, ties_ptr, offsets_ptr, search_ptr, counts_ptr, tallies_ptr, lengths_ptr,
+    squares_ptr, EXCLUDE: tl.constexpr, W: tl.constexpr, LOW: tl.constexpr, STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The pass over all gradients. Ends the drop: marks become KEPT, DROPPED or 0 = inactive. Packs and counts the
     keys of what may grow, and marks it CHOSEN above the window, UNDECIDED in it. squares[program] = Σ(g·m)².
 
-    dropped, ties, offsets: the search for what to drop; search, counts, tallies: that for what to grow.
+    dropped, ties, offsets: the search for what to drop; search, counts, tallies, lengths: that for what to grow.
     """
     segment = tl.load(blocks_ptr + 2 * tl.program_id(0))
     program = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1)
@@ -159,50 +207,43 @@ def grow_kernel(
     row_ptr = table_ptr + segment * ROW
     dropped_ptr += segment * SEARCH
     search_ptr += segment * SEARCH
-    threshold, missing = tl.load(dropped_ptr + LO), tl.load(dropped_ptr + MISSING)
-    partial = missing < tl.load(dropped_ptr + TIES)
+    threshold, least, some, before, missing = choice(row_ptr, dropped_ptr, ties_ptr, offsets_ptr)
+    # Without a threshold in the window, marks say no more than which weights are active.
     sure = tl.load(dropped_ptr + SURE) != 0
-    before = ties_before(row_ptr, ties_ptr, offsets_ptr)
-    lo, end = tl.load(search_ptr + LO), tl.load(search_ptr + END)
-    hot, hotter = tl.load(search_ptr + HOT), tl.load(search_ptr + HOT + 1)
+    from_mark, known = tl.where(sure, OPEN, DROPPED), tl.where(sure, KEPT, -1)
+    lo, end, hotter = tl.load(search_ptr + LO), tl.load(search_ptr + END), tl.load(search_ptr + HOT + 1)
     n = size_of(row_ptr, ALIGNED)
+    inner, channels = tl.load(row_ptr + INNER).to(tl.int32), tl.load(row_ptr + CHANNELS).to(tl.int32)
+    weights, grads = pointer(row_ptr, WEIGHT, W, ALIGNED), pointer(row_ptr, GRAD, W, ALIGNED)
+    marks = pointer(row_ptr, NEW, tl.int8, ALIGNED)
     room = tl.minimum(n - start, BLOCK * STEPS) // 4
     part = packed_part(row_ptr, program, ALIGNED, BLOCK * STEPS)
-    found = tl.zeros((), tl.int32)
-    tally = tl.zeros((BLOCK,), tl.int32)
-    squares = tl.zeros((BLOCK,), tl.float32)
+    i = tile(BLOCK, LANES)
+    slot = tl.arange(0, LANES)
+    tally = tl.zeros((LANES,), tl.int32)
+    top = tl.zeros((LANES,), tl.int32)
+    squares = tl.zeros((LANES,), tl.float32)
     for _ in range(tl.cdiv(tl.minimum(n - start, BLOCK * STEPS), BLOCK)):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < n
-        where = place(row_ptr, at, STRIDED)
-        marks = pointer(row_ptr, NEW, tl.int8, ALIGNED) + where
-        mark = tl.load(marks, mask=inside, other=0)
-        g = tl.load(pointer(row_ptr, GRAD, W, ALIGNED) + where, mask=inside, other=0.0)
-        open = (mark == OPEN) | ((mark != 0) & (sure == 0))
-        w = tl.load(pointer(row_ptr, WEIGHT, W, ALIGNED) + where, mask=open, other=0.0)
-        kept, before = choose(open, key_of(w, LOW), threshold, missing, partial, before)
-        kept = kept | ((mark == KEPT) & sure)
+        inside = i < n - start
+        here, where = home(start, i, inner, channels, STRIDED)
+        mark = tl.load(marks + here + where, mask=inside, other=0).to(tl.int32)
+        g = tl.load(grads + here + where, mask=inside, other=0.0)
+        open = mark >= from_mark
+        w = tl.load(weights + here + where, mask=open, other=0.0)
+        kept, before = choose(open, key_of(w, LOW), threshold, least, some, before, missing)
+        kept = kept | (mark == known)
+        may = (inside & (mark == 0)) if EXCLUDE else (inside & (kept == 0))
+        key = key_of(g, LOW)
+        above, slot, tally, top = sift(may, key, lo, end, hotter, part, room, slot, tally, top, LANES)
         now = tl.where(kept, KEPT, tl.where(mark != 0, DROPPED, 0))
-        may = inside & growable(now, EXCLUDE)
-        above, within, found, tally = sift(may, key_of(g, LOW), lo, end, hot, hotter, part, room, found, tally, LOW)
-        now += tl.where(above, CHOSEN, 0) + tl.where(within, UNDECIDED, 0)
-        tl.store(marks, now.to(tl.int8), mask=inside)
-        g = tl.where(mark != 0, g.to(tl.float32), 0.0)
-        squares += g * g
+        now += tl.where(may & (key >= lo), tl.where(above, CHOSEN, UNDECIDED), 0)
+        tl.store(marks + here + where, now.to(tl.int8), mask=inside)
+        active = tl.where(mark != 0, g.to(tl.float32), 0.0)
+        squares += tl.sum(active * active, 1)
         start += BLOCK
-    report(counts_ptr + segment * COUNTS, tallies_ptr, tally, found, room)
+    counts_ptr += segment * COUNTS
+    report(counts_ptr, tallies_ptr, lengths_ptr, tally, top, slot, room, LOW, LANES)
     tl.store(squares_ptr + tl.program_id(0), tl.sum(squares, 0))
-
-
-@triton.jit
-def zero(row_ptr, column: tl.constexpr, where, moved, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    at = pointer(row_ptr, column, DTYPE, ALIGNED) + where
-    tl.store(at, tl.zeros(where.shape, DTYPE), mask=moved)
-
-
-@triton.jit
-def store_bool(row_ptr, column: tl.constexpr, where, inside, value, ALIGNED: tl.constexpr):
-    tl.store(pointer(row_ptr, column, tl.int8, ALIGNED) + where, value.to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -210,6 +251,7 @@ def apply_kernel(
     table_ptr, blocks_ptr, search_ptr, ties_ptr, offsets_ptr, bad_ptr, totals_ptr,
     EXCLUDE: tl.constexpr, REINIT: tl.constexpr, STATES: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
     LOW: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes the new masks and the zeros of weights and state that moved, unless anything was bad.
 
@@ -221,39 +263,51 @@ def apply_kernel(
     search_ptr += segment * SEARCH
     totals_ptr += segment * 4
     if tl.load(bad_ptr) == 0:
-        threshold, missing = tl.load(search_ptr + LO), tl.load(search_ptr + MISSING)
-        partial = missing < tl.load(search_ptr + TIES)
+        threshold, least, some, before, missing = choice(row_ptr, search_ptr, ties_ptr, offsets_ptr)
         sure = tl.load(search_ptr + SURE) != 0
-        before = ties_before(row_ptr, ties_ptr, offsets_ptr)
+        from_mark, known = tl.where(sure, UNDECIDED, 0), tl.where(sure, CHOSEN, 0)
         n = size_of(row_ptr, ALIGNED)
-        tally = tl.zeros((BLOCK,), tl.int32)
+        inner, channels = tl.load(row_ptr + INNER).to(tl.int32), tl.load(row_ptr + CHANNELS).to(tl.int32)
+        weights, grads = pointer(row_ptr, WEIGHT, W, ALIGNED), pointer(row_ptr, GRAD, W, ALIGNED)
+        growns, fireds = pointer(row_ptr, GROWN, tl.int8, ALIGNED), pointer(row_ptr, FIRED, tl.int8, ALIGNED)
+        marks, inactives = pointer(row_ptr, NEW, tl.int8, ALIGNED), pointer(row_ptr, INACTIVE, tl.int8, ALIGNED)
+        new_growns = pointer(row_ptr, NEW_GROWN, tl.int8, ALIGNED)
+        new_fireds = pointer(row_ptr, NEW_FIRED, tl.int8, ALIGNED)
+        state_0 = pointer(row_ptr, STATE, S, ALIGNED)
+        state_1 = pointer(row_ptr, STATE + 1, S, ALIGNED)
+        state_2 = pointer(row_ptr, STATE + 2, S, ALIGNED)
+        i = tile(BLOCK, LANES)
+        tally = tl.zeros((LANES,), tl.int32)
         for _ in range(tl.cdiv(tl.minimum(n - start, BLOCK * STEPS), BLOCK)):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < n
-            where = place(row_ptr, at, STRIDED)
-            mark = tl.load(pointer(row_ptr, NEW, tl.int8, ALIGNED) + where, mask=inside, other=0)
-            earlier = tl.load(pointer(row_ptr, GROWN, tl.int8, ALIGNED) + where, mask=inside, other=0) != 0
-            fired = tl.load(pointer(row_ptr, FIRED, tl.int8, ALIGNED) + where, mask=inside, other=0) != 0
+            inside = i < n - start
+            here, where = home(start, i, inner, channels, STRIDED)
+            mark = tl.load(marks + here + where, mask=inside, other=0).to(tl.int32)
+            earlier = tl.load(growns + here + where, mask=inside, other=0).to(tl.int32) != 0
+            fired = tl.load(fireds + here + where, mask=inside, other=0).to(tl.int32) != 0
             may = inside & growable(mark, EXCLUDE)
-            open = may & (((mark & UNDECIDED) != 0) | (sure == 0))
-            g = tl.load(pointer(row_ptr, GRAD, W, ALIGNED) + where, mask=open, other=0.0)
-            chosen, before = choose(open, key_of(g, LOW), threshold, missing, partial, before)
-            chosen = chosen | (((mark & CHOSEN) != 0) & sure)
+            open = may & (mark >= from_mark)
+            g = tl.load(grads + here + where, mask=open, other=0.0)
+            chosen, before = choose(open, key_of(g, LOW), threshold, least, some, before, missing)
+            chosen = chosen | ((mark & known) != 0)
             was, kept = (mark & 3) != 0, (mark & 3) == KEPT
             new = kept | chosen
             stay = kept if REINIT else was & new
             grown = new & (stay == 0)
             moved = (was | new) & (stay == 0)
-            zero(row_ptr, WEIGHT, where, moved, W, ALIGNED)
-            for i in tl.static_range(STATES):
-                zero(row_ptr, STATE + i, where, moved, S, ALIGNED)
-            store_bool(row_ptr, NEW, where, inside, new, ALIGNED)
-            store_bool(row_ptr, INACTIVE, where, inside, new == 0, ALIGNED)
-            store_bool(row_ptr, NEW_GROWN, where, inside, grown, ALIGNED)
-            store_bool(row_ptr, NEW_FIRED, where, inside, fired | new, ALIGNED)
+            tl.store(weights + here + where, tl.zeros(i.shape, W), mask=moved)
+            if STATES > 0:
+                tl.store(state_0 + here + where, tl.zeros(i.shape, S), mask=moved)
+            if STATES > 1:
+                tl.store(state_1 + here + where, tl.zeros(i.shape, S), mask=moved)
+            if STATES > 2:
+                tl.store(state_2 + here + where, tl.zeros(i.shape, S), mask=moved)
+            tl.store(marks + here + where, new.to(tl.int8), mask=inside)
+            tl.store(inactives + here + where, (new == 0).to(tl.int8), mask=inside)
+            tl.store(new_growns + here + where, grown.to(tl.int8), mask=inside)
+            tl.store(new_fireds + here + where, (fired | new).to(tl.int8), mask=inside)
             # four counters of a byte each
-            tally += new.to(tl.int32) + (grown.to(tl.int32) << 8)
-            tally += (earlier.to(tl.int32) << 16) + ((earlier & new).to(tl.int32) << 24)
+            seen = tl.where(new, 1, 0) + tl.where(grown, 1 << 8, 0) + tl.where(earlier, 1 << 16, 0)
+            tally += tl.sum(seen + tl.where(earlier & new, 1 << 24, 0), 1)
             start += BLOCK
         for i in tl.static_range(4):
             tl.atomic_add(totals_ptr + i, part_of(tally, i), sem="relaxed")

@@ -14,7 +14,8 @@ The k-th highest key of each segment, the threshold, is searched for so that a l
 
 Where the threshold is not in the window, or a program's part of the buffer is too short, keys are read from the layer
 again: that costs passes, never the result. All counts are integers: the order of atomics does not matter. The buffer
-lies where the inactive masks will lie, whose bytes are not yet used: a program's part holds a quarter of its keys.
+lies where the inactive masks will lie, whose bytes are not yet used: a program's part holds a quarter of its keys, and
+each thread (lane) has a column of it, so that packing needs no word between threads; the order of keys does not matter.
 """
 
 # Parameters of kernels are pointers and numbers of the compiler; Python types say nothing of them.
@@ -37,20 +38,20 @@ SEARCH = tl.constexpr(16)
 LO, SHIFT, DONE, END, MISSING, TIES, SURE, PACKED, BASE = (tl.constexpr(i) for i in range(9))
 HOT, HEAT = tl.constexpr(9), tl.constexpr(11)
 
-BITS = tl.constexpr(11)
-BINS = tl.constexpr(2**11)
+BITS = tl.constexpr(8)
+BINS = tl.constexpr(2**8)
 # Columns of the counts, int32 [segments, COUNTS], behind the bins.
-ABOVE, NAN, HOT_KEYS, FOUND, TOO_MANY = (tl.constexpr(2**11 + i) for i in (0, 1, 2, 4, 5))  # HOT_KEYS has two
-COUNTS = tl.constexpr(2**11 + 8)
-FEW = tl.constexpr(128)  # bins that a program counts by itself
-TALLY = tl.constexpr(4)  # columns of the tallies, int32 [programs, TALLY]: keys for the buffer, the two hot ones
+ABOVE, NAN, HOT_KEYS, FOUND, TOO_MANY = (tl.constexpr(2**8 + i) for i in (0, 1, 2, 4, 5))  # HOT_KEYS has two
+COUNTS = tl.constexpr(2**8 + 8)
+# Columns of the tallies, int32 [programs, TALLY]: most keys that a lane packed, keys equal to the two hot ones.
+TALLY = tl.constexpr(4)
 TOP = tl.constexpr(2**31 - 1)  # above every key
 INFINITY = tl.constexpr(0x7F800000)
 GUARD = tl.constexpr(4.0)  # standard deviations of the sampled rank
 
 # Marks, which lie in the new mask until it is written; 0 = inactive. OPEN: in the window of the drop. For growth,
 # CHOSEN or UNDECIDED is added.
-KEPT, DROPPED, OPEN = (tl.constexpr(i) for i in (1, 2, 3))
+DROPPED, KEPT, OPEN = (tl.constexpr(i) for i in (1, 2, 3))
 CHOSEN, UNDECIDED = tl.constexpr(4), tl.constexpr(8)
 
 
@@ -144,7 +145,8 @@ def guess_kernel(
     margin = GUARD * tl.sqrt(rank * tl.maximum(1 - rank / tl.maximum(valid, 1.0), 0.0) + 1) + 1
     high = key_of_rank(keys, tl.maximum(rank - margin, 1.0).to(tl.int32))
     low = tl.minimum(key_of_rank(keys, (rank + margin).to(tl.int32) + 1), high)
-    end = tl.where(rank - margin < 1, TOP >> LOW, high)
+    unbounded = rank - margin < 1
+    end = tl.where(unbounded, TOP >> LOW, high)
     shift = tl.zeros((), tl.int32)
     for _ in range(31 - BITS):
         shift += (((end - low) >> shift) >= BINS).to(tl.int32)
@@ -152,7 +154,7 @@ def guess_kernel(
     tl.store(search_ptr + SHIFT, shift)
     tl.store(search_ptr + END, end)
     tl.store(search_ptr + HOT, low)
-    tl.store(search_ptr + HOT + 1, tl.where(high == low, -1, high))
+    tl.store(search_ptr + HOT + 1, tl.where(unbounded | (high == low), -1, high))
 
 
 @triton.jit
@@ -191,13 +193,32 @@ def judge_kernel(table_ptr, search_ptr, counts_ptr, bad_ptr, GROW: tl.constexpr,
 
 
 @triton.jit
+def packed_keys(
+    row_ptr, lengths_ptr, program, i, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(which of a tile of a program's part are keys, the keys). The part is [keys of a lane, LANES]."""
+    slot = tl.arange(0, TILE)
+    length = tl.load(lengths_ptr + (tl.load(row_ptr + FIRST) + program) * LANES + slot % LANES)
+    inside = i * (TILE // LANES) + slot // LANES < length
+    part = packed_part(row_ptr, program, ALIGNED, BLOCK * STEPS) + i * TILE
+    return inside, tl.load(part + slot, mask=inside, other=0)
+
+
+@triton.jit
+def tiles_of(row_ptr, tallies_ptr, program, LANES: tl.constexpr, TILE: tl.constexpr):
+    longest = tl.load(tallies_ptr + (tl.load(row_ptr + FIRST) + program) * TALLY)
+    return tl.cdiv(longest, TILE // LANES)
+
+
+@triton.jit
 def count_kernel(
-    table_ptr, groups_ptr, search_ptr, counts_ptr, tallies_ptr, GROW: tl.constexpr, EXCLUDE: tl.constexpr,
+    table_ptr, groups_ptr, search_ptr, counts_ptr, tallies_ptr, lengths_ptr, GROW: tl.constexpr, EXCLUDE: tl.constexpr,
     W: tl.constexpr, LOW: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Adds to each segment's counts: keys in each bin, and above all bins, without the hot ones. One program for the
-    part of GROUP others."""
+    part of GROUP others. MANY: most packed keys are in some bin, so that atomics would wait for each other."""
     segment = tl.load(groups_ptr + 2 * tl.program_id(0))
     group = tl.load(groups_ptr + 2 * tl.program_id(0) + 1)
     row_ptr = table_ptr + segment * ROW
@@ -206,31 +227,21 @@ def count_kernel(
     if tl.load(search_ptr + DONE) == 0:
         lo, shift = tl.load(search_ptr + LO), tl.load(search_ptr + SHIFT)
         n = size_of(row_ptr, ALIGNED)
+        bins = tl.arange(0, BINS)
+        in_bin = tl.zeros((BINS,), tl.int32)
         if tl.load(search_ptr + PACKED) != 0:
-            program = group * GROUP + tl.arange(0, GROUP)
-            of_programs = tallies_ptr + (tl.load(row_ptr + FIRST) + program) * TALLY
-            found = tl.load(of_programs, mask=program < tl.cdiv(n, BLOCK * STEPS), other=0)
-            part = packed_part(row_ptr, program, ALIGNED, BLOCK * STEPS)
-            few = (shift == 0) & (tl.load(search_ptr + END) - lo < FEW - 1)
-            above = tl.zeros((GROUP, WIDTH), tl.int32)
-            in_bin = tl.zeros((FEW,), tl.int32)
-            for i in range(tl.cdiv(tl.max(found, 0), WIDTH)):
-                column = i * WIDTH + tl.arange(0, WIDTH)
-                inside = column[None, :] < found[:, None]
-                key = tl.load(part[:, None] + column[None, :], mask=inside, other=0)
-                number = (key - lo) >> shift
-                above += (inside & (number >= BINS)).to(tl.int32)
-                within = inside & (number >= 0) & (number < BINS)
-                if few:  # many keys for each bin: atomics at one address would wait for each other
-                    # the last of these bins is for what is outside
-                    in_bin += tl.histogram(tl.reshape(tl.where(within, number, FEW - 1), (GROUP * WIDTH,)), FEW)
-                else:
-                    one = tl.full((GROUP, WIDTH), 1, tl.int32)
-                    tl.atomic_add(counts_ptr + number, one, mask=within, sem="relaxed")
-            if few:
-                bins = tl.arange(0, FEW)
-                tl.atomic_add(counts_ptr + bins, in_bin, mask=(bins < FEW - 1) & (in_bin > 0), sem="relaxed")
-            tl.atomic_add(counts_ptr + ABOVE, tl.sum(tl.sum(above, 1), 0), sem="relaxed")
+            above = tl.zeros((TILE,), tl.int32)
+            for program in range(group * GROUP, tl.minimum((group + 1) * GROUP, tl.cdiv(n, BLOCK * STEPS))):
+                for i in range(tiles_of(row_ptr, tallies_ptr, program, LANES, TILE)):
+                    inside, key = packed_keys(row_ptr, lengths_ptr, program, i, ALIGNED, BLOCK, STEPS, LANES, TILE)
+                    number = (key - lo) >> shift
+                    above += (inside & (number >= BINS)).to(tl.int32)
+                    within = inside & (number >= 0) & (number < BINS)
+                    if MANY:
+                        in_bin += tl.histogram(tl.where(within, number, 0), BINS, mask=within)
+                    else:
+                        tl.atomic_add(counts_ptr + number, tl.full((TILE,), 1, tl.int32), mask=within, sem="relaxed")
+            tl.atomic_add(counts_ptr + ABOVE, tl.sum(above, 0), sem="relaxed")
         else:
             hot, hotter = tl.load(search_ptr + HOT), tl.load(search_ptr + HOT + 1)
             start = group * (BLOCK * STEPS * GROUP)
@@ -242,9 +253,10 @@ def count_kernel(
                 number = (key - lo) >> shift  # negative below the interval
                 higher += (cold & (number >= BINS)).to(tl.int32)
                 within = cold & (number >= 0) & (number < BINS)
-                tl.atomic_add(counts_ptr + number, tl.full((BLOCK,), 1, tl.int32), mask=within, sem="relaxed")
+                in_bin += tl.histogram(tl.where(within, number, 0), BINS, mask=within)
                 start += BLOCK
             tl.atomic_add(counts_ptr + ABOVE, tl.sum(higher, 0), sem="relaxed")
+        tl.atomic_add(counts_ptr + bins, in_bin, mask=in_bin > 0, sem="relaxed")
 
 
 @triton.jit
@@ -286,9 +298,9 @@ def narrow_kernel(
 
 @triton.jit
 def ties_kernel(
-    table_ptr, groups_ptr, search_ptr, tallies_ptr, ties_ptr, GROW: tl.constexpr, EXCLUDE: tl.constexpr,
+    table_ptr, groups_ptr, search_ptr, tallies_ptr, lengths_ptr, ties_ptr, GROW: tl.constexpr, EXCLUDE: tl.constexpr,
     W: tl.constexpr, LOW: tl.constexpr, STRIDED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """ties[program] = keys equal to the threshold, of segments that choose some of them but not all; else 0. One
     program for the part of GROUP others."""
@@ -298,38 +310,29 @@ def ties_kernel(
     search_ptr += segment * SEARCH
     n = size_of(row_ptr, ALIGNED)
     first = tl.load(row_ptr + FIRST)
-    program = group * GROUP + tl.arange(0, GROUP)
-    real = program < tl.cdiv(n, BLOCK * STEPS)
-    of_programs = tallies_ptr + (first + program) * TALLY
-    ties = tl.zeros((GROUP,), tl.int32)
     threshold = tl.load(search_ptr + LO)
     partial = tl.load(search_ptr + MISSING) < tl.load(search_ptr + TIES)
     first_end, second_end = threshold == tl.load(search_ptr + HOT), threshold == tl.load(search_ptr + HOT + 1)
-    packed = tl.load(search_ptr + PACKED) != 0
-    if partial:
-        if first_end:
-            ties = tl.load(of_programs + 1, mask=real, other=0)
-        elif second_end:
-            ties = tl.load(of_programs + 2, mask=real, other=0)
-        elif packed:
-            found = tl.load(of_programs, mask=real, other=0)
-            part = packed_part(row_ptr, program, ALIGNED, BLOCK * STEPS)
-            seen = tl.zeros((GROUP, WIDTH), tl.int32)
-            for i in range(tl.cdiv(tl.max(found, 0), WIDTH)):
-                column = i * WIDTH + tl.arange(0, WIDTH)
-                inside = column[None, :] < found[:, None]
-                key = tl.load(part[:, None] + column[None, :], mask=inside, other=0)
-                seen += (inside & (key == threshold)).to(tl.int32)
-            ties = tl.sum(seen, 1)
-    tl.store(ties_ptr + first + program, ties, mask=real)
-    if partial & (first_end == 0) & (second_end == 0) & (packed == 0):
-        tl.debug_barrier()  # what was just stored is stored again
-        for i in range(tl.minimum(tl.cdiv(n, BLOCK * STEPS) - group * GROUP, GROUP)):
-            start = (group * GROUP + i) * (BLOCK * STEPS)
-            equal = tl.zeros((BLOCK,), tl.int32)
-            for _ in range(tl.cdiv(tl.minimum(n - start, BLOCK * STEPS), BLOCK)):
-                at = start + tl.arange(0, BLOCK)
-                may, key = candidates(row_ptr, place(row_ptr, at, STRIDED), at < n, GROW, EXCLUDE, W, LOW, ALIGNED)
-                equal += (may & (key == threshold)).to(tl.int32)
-                start += BLOCK
-            tl.store(ties_ptr + first + group * GROUP + i, tl.sum(equal, 0))
+    if partial & (first_end == 0) & (second_end == 0):
+        packed = tl.load(search_ptr + PACKED) != 0
+        for program in range(group * GROUP, tl.minimum((group + 1) * GROUP, tl.cdiv(n, BLOCK * STEPS))):
+            if packed:
+                seen = tl.zeros((TILE,), tl.int32)
+                for i in range(tiles_of(row_ptr, tallies_ptr, program, LANES, TILE)):
+                    inside, key = packed_keys(row_ptr, lengths_ptr, program, i, ALIGNED, BLOCK, STEPS, LANES, TILE)
+                    seen += (inside & (key == threshold)).to(tl.int32)
+                tl.store(ties_ptr + first + program, tl.sum(seen, 0))
+            else:
+                start = program * (BLOCK * STEPS)
+                equal = tl.zeros((BLOCK,), tl.int32)
+                for _ in range(tl.cdiv(tl.minimum(n - start, BLOCK * STEPS), BLOCK)):
+                    at = start + tl.arange(0, BLOCK)
+                    may, key = candidates(row_ptr, place(row_ptr, at, STRIDED), at < n, GROW, EXCLUDE, W, LOW, ALIGNED)
+                    equal += (may & (key == threshold)).to(tl.int32)
+                    start += BLOCK
+                tl.store(ties_ptr + first + program, tl.sum(equal, 0))
+    else:
+        programs = group * GROUP + tl.arange(0, GROUP)
+        real = programs < tl.cdiv(n, BLOCK * STEPS)
+        counted = tallies_ptr + (first + programs) * TALLY + tl.where(first_end, 1, 2)
+        tl.store(ties_ptr + first + programs, tl.load(counted, mask=real & partial, other=0), mask=real)
