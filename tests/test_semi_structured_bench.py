@@ -12,8 +12,8 @@ def test_the_benchmark_takes_parts_and_appends_rows(tmp_path, monkeypatch):
 
     from sparselearn.kernels.semi_structured import bench
 
-    def part(sections, tokens=None, layers=None):
-        return bench.wanted(Namespace(sections=sections, tokens=tokens, layers=layers))
+    def part(sections, tokens=None, layers=None, patterns=None):
+        return bench.wanted(Namespace(sections=sections, tokens=tokens, layers=layers, patterns=patterns))
 
     everything = part(bench.SECTIONS)
     assert len(everything) == len(set(everything)) == 1 + 4 * 6 + 2 * 6 + 2 * 5 * 3 + 3
@@ -21,6 +21,7 @@ def test_the_benchmark_takes_parts_and_appends_rows(tmp_path, monkeypatch):
     assert [(section, case.tokens, case.pattern) for section, case in some] == [
         *[("gemv", 1, pattern) for pattern in bench.PATTERNS], ("decode", 1, "2:4"), ("decode", 16, "2:4"),
     ]  # fmt: skip
+    assert [case.inputs for _, case in part(["gemv"], [1], patterns=["1:8"])] == [4096, 4096, 14336]
     assert part(["pack"]) == [("pack", None)]
     monkeypatch.setattr(bench, "facts", lambda: {"gpu": "none"})
     path = tmp_path / "table.csv"

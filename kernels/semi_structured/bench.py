@@ -78,6 +78,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="which (all)")
     parser.add_argument("--tokens", nargs="+", type=int, help="which numbers of tokens (all)")
     parser.add_argument("--layers", nargs="+", help="which, as 4096x14336 (all)")
+    parser.add_argument("--patterns", nargs="+", choices=("2:4", *PATTERNS), help="which, as 1:8 (all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which, beside dense (all)")
     return parser.parse_args()
 
@@ -91,6 +92,7 @@ def wanted(given: argparse.Namespace) -> list[tuple[str, Case | None]]:
             for case in cases(section)
             if (not given.tokens or case.tokens in given.tokens)
             and (not given.layers or f"{case.neurons}x{case.inputs}" in given.layers)
+            and (not given.patterns or case.pattern in given.patterns)
         ]
         made += [(section, None)] * (section == "pack")
     return made
@@ -136,6 +138,9 @@ def main() -> None:
             seconds["gemm, default algorithm"] = default_algorithm(case)
         table.write([section, case.neurons, case.inputs, case.pattern, case.tokens, case.dtype], seconds, "dense")
         torch.cuda.empty_cache()
+    for key, blocks in crossover.table().blocks.items():
+        if key[0] in ("nm_gemv", "sp24_decode"):
+            print("blocks", *key, "->", *blocks)
     crossover.table().save()
 
 
