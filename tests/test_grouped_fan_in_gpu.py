@@ -3,6 +3,7 @@
 Needs torch, triton and numpy only. Everything is compared with float64.
 """
 
+import contextlib
 import copy
 import csv
 import functools
@@ -294,6 +295,16 @@ def test_a_small_step_is_compared(monkeypatch):
     assert rows[2].detail.endswith("; qkv=collected out=sparse up=collected down=sparse")
 
 
+@contextlib.contextmanager
+def allowed_to_be_too_large():
+    """Tuning passes over blocks that need more shared memory than there is."""
+    try:
+        yield
+    except Exception as error:
+        if "resource" not in repr(error).lower():
+            raise
+
+
 @pytest.mark.parametrize("group", [8, 16, 32, 64, 128])
 def test_every_candidate_for_tuning_is_right(group):
     from sparselearn.kernels.grouped_fan_in import launch
@@ -301,13 +312,18 @@ def test_every_candidate_for_tuning_is_right(group):
     x, values, bias, grad, indices = case(300, 500, 2, group, 200, torch.bfloat16)
     x = launch.feature_major(x)
     expected = reference.linear(x.double(), values.double(), indices, bias.double())
+    fitting = 0
     for blocks in launch.FORWARD:
-        near(
-            launch.forward(x, values, indices, bias, torch.empty_like(grad), "none", blocks), expected, x.dtype, blocks
-        )
+        with allowed_to_be_too_large():
+            y = launch.forward(x, values, indices, bias, torch.empty_like(grad), "none", blocks)
+            near(y, expected, x.dtype, str(blocks))
+            fitting += 1
     expected = reference.grad_values(grad.double(), x.double(), indices)
     for blocks in launch.GRAD_VALUES:
-        near(launch.grad_values(grad, x, values, indices, blocks), expected, x.dtype, str(blocks))
+        with allowed_to_be_too_large():
+            near(launch.grad_values(grad, x, values, indices, blocks), expected, x.dtype, str(blocks))
+            fitting += 1
+    assert fitting >= len(launch.FORWARD) + len(launch.GRAD_VALUES) - (1 if group == 128 else 0)
 
 
 def test_a_nan_or_infinity_stays_in_its_token():

@@ -62,8 +62,7 @@ def tuned(kernel: str, values: Tensor, tokens: int) -> Blocks | None:
 
 
 def forward_blocks(values: Tensor, tokens: int) -> Blocks:
-    """Measured blocks, or those that were best at 4096², 90 % sparsity: on an H200 (bf16), else in the prototype's sweep
-    on an H100."""
+    """Measured blocks, or those that were best at 4096² and 90 %: on an H200 (bf16), else in the prototype's sweep."""
     if (measured := tuned("forward", values, tokens)) is not None:
         return measured
     group = values.shape[1]
