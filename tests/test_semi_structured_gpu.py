@@ -130,24 +130,6 @@ def test_all_blocks_of_the_sparse_tensor_cores(groups, counts, inputs, dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("counts", [(1, 8), (9, 16)])
-@pytest.mark.parametrize(("inputs", "warps", "dtype"), [
-    (4096, 16, torch.bfloat16), (2816, 16, torch.float16), (2048, 8, torch.float16), (1792, 8, torch.bfloat16),
-])  # fmt: skip
-def test_programs_go_through_many_blocks(inputs, warps, dtype, counts):
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    rows = multiprocessors * launch.HOLDING_WARPS // warps * 4 + 3  # more rounds than stages, the last not whole
-    for tokens in counts:
-        values, places, x, expected = packed_and_exact(16 * rows, inputs, 2, 4, dtype, tokens)
-        pieces = fragments.fragments(values, places)
-        bias = torch.randn(16 * rows, device="cuda", dtype=dtype) if tokens != 8 else None
-        (blocks,) = [c for c in launch.decode_candidates(pieces[0], tokens) if not c.blocks]
-        assert blocks.warps == warps
-        y = launch.decode(x, *pieces, bias, blocks)
-        near_but_for_nan(y, expected if bias is None else expected + bias.double(), dtype)
-
-
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("pattern", [(1, 4), (2, 8), (1, 8), (2, 4), (2, 16), (1, 16)])
 @pytest.mark.parametrize(("neurons", "inputs", "dtype"), [(80, 4096, torch.bfloat16), (77, 1664, torch.float16)])
 def test_all_blocks_of_one_token_without_gathers(pattern, neurons, inputs, dtype):

@@ -5,8 +5,7 @@ a warp. `fragments.py` says what lies where. sm_80 and later; the weight is read
 pieces of 16 bytes, the inputs as the model holds them: neighbouring lanes exchange what belongs to the other.
 
 Few tokens take as long as the weight takes to arrive, so that what counts is how many of its bytes are on their way:
-`decode_kernel` holds a chunk of each warp in registers, `staged_decode_kernel` several in shared memory. Both read the
-inputs anew for each of their blocks, 128 KB of 16 tokens of 4096 inputs; `held_decode_kernel` reads them once.
+`decode_kernel` holds a chunk of each warp in registers, `staged_decode_kernel` several in shared memory.
 
 Legend: R blocks of 16 neurons; BR of them and BT groups of 8 tokens are of one program; BW warps share its inputs.
 """
@@ -211,65 +210,3 @@ def staged_decode_kernel(
             made = gl.inline_asm_elementwise(STEPS[s], OPERANDS, [a, b, made, e], gl.float32, True, 4)
         acc = made if EVEN else gl.where(i * BW + warp < chunks, made, acc)
     store_decoded(acc, bias_ptr, y_ptr, first, tokens, neurons, BR, BT, layout, HAS_BIAS)
-
-
-@gluon.jit
-def copy_block(kept_at, places_at, kept_s, places_s, block, rows, chunks, stage):
-    """Start the copies of a block of the weight into a stage of shared memory, if there is one; one group of copies."""
-    if block < rows:
-        at = block.to(gl.int64) * chunks
-        async_copy.async_copy_global_to_shared(places_s.index(stage), places_at + at * 128)
-        async_copy.async_copy_global_to_shared(kept_s.index(stage), kept_at + at * 1024)
-    async_copy.commit_group()
-
-
-@gluon.jit(do_not_specialize=["tokens", "rows"])
-def held_decode_kernel(
-    kept_ptr, places_ptr, x_ptr, bias_ptr, y_ptr, tokens, neurons, inputs, rows,
-    BT: gl.constexpr, BW: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, STEPS: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):  # fmt: skip
-    """`decode_kernel` for at most BW chunks: warp w holds chunk w of the inputs in registers, as the instruction wants
-    it, and meets it with that chunk of every block of a program: p, p + programs, ... below `rows`. So the inputs are
-    read and exchanged once. Copies keep the weight of STAGES - 1 blocks on its way. Where not EVEN, warps without a
-    chunk compute the last one, and drop it."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, BT, 4], [1, 1, 1, 32], [BW, 1, 1, 1], [3, 2, 1, 0])
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    warp, group = along(BW, 0, layout), along(BT, 2, layout)
-    place, wide = along(128, 3, layout), along(1024, 3, layout)
-    first, programs = gl.program_id(0), gl.num_programs(0)
-    chunks = inputs // 256
-    chunk = warp if EVEN else gl.minimum(warp, chunks - 1)
-    kept_ptr += chunk * 1024 + wide
-    places_ptr += chunk * 128 + place
-    kept_s = gl.allocate_shared_memory(gl.int32, [STAGES, BW, 1, 1, 1024], plain)
-    places_s = gl.allocate_shared_memory(gl.int32, [STAGES, BW, 1, 1, 128], plain)
-    for early in gl.static_range(STAGES - 1):
-        copy_block(kept_ptr, places_ptr, kept_s, places_s, first + early * programs, rows, chunks, early)
-    token = group * 8 + place // 16
-    held = eight_of(x_ptr + token * (inputs // 2) + place % 16 + chunk * 128, token < tokens, 16)
-    b = (exchanged(held[0], place), exchanged(held[1], place), exchanged(held[2], place), exchanged(held[3], place),
-         exchanged(held[4], place), exchanged(held[5], place), exchanged(held[6], place),
-         exchanged(held[7], place))  # fmt: skip
-    for i in range(0, gl.cdiv(rows - first, programs)):
-        async_copy.wait_group(STAGES - 2)
-        block = first + i * programs
-        copy_block(
-            kept_ptr, places_ptr, kept_s, places_s, block + (STAGES - 1) * programs, rows, chunks,
-            (i + STAGES - 1) % STAGES,
-        )  # fmt: skip
-        e = places_s.index(i % STAGES).load(layout)
-        acc = gl.zeros([BW, 1, BT, 128], gl.float32, layout=layout)
-        for s in gl.static_range(8):
-            a = kept_s.index(i % STAGES).slice(s * 128, 128, dim=3).load(layout)
-            acc = gl.inline_asm_elementwise(STEPS[s], OPERANDS, [a, b[s], acc, e], gl.float32, True, 4)
-        acc = acc if EVEN else gl.where(warp < chunks, acc, 0.0)
-        if BT == 2:  # one group after the other, so that their sums use the same 8 KB of shared memory
-            one: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 1, 1, 32], [BW, 1, 1, 1], [3, 2, 1, 0])
-            low, high = gl.split(gl.permute(acc, (0, 1, 3, 2)))
-            low = gl.expand_dims(gl.convert_layout(low, gl.SliceLayout(2, one)), 2)
-            high = gl.expand_dims(gl.convert_layout(high, gl.SliceLayout(2, one)), 2)
-            store_decoded(low, bias_ptr, y_ptr, block, tokens, neurons, 1, 1, one, HAS_BIAS)
-            store_decoded(high, bias_ptr, y_ptr + 8 * neurons, block, tokens - 8, neurons, 1, 1, one, HAS_BIAS)
-        else:
-            store_decoded(acc, bias_ptr, y_ptr, block, tokens, neurons, 1, BT, layout, HAS_BIAS)

@@ -161,8 +161,7 @@ class DecodeBlocks(NamedTuple):
     """The work of one program of `decode`: blocks of 16 neurons, and warps among which the inputs are shared.
 
     With stages up to 1 a warp holds a chunk of the weight in registers, with 1 that of the inputs, too. With 2 and more
-    chunks wait in so many buffers of shared memory, and `rows` groups of such warps share the blocks. With blocks 0
-    programs fill the GPU once and go through all blocks, each warp with a chunk of the inputs of its own.
+    chunks wait in so many buffers of shared memory, and `rows` groups of such warps share the blocks.
     """
 
     blocks: int
@@ -171,16 +170,13 @@ class DecodeBlocks(NamedTuple):
     stages: int = 0
 
 
-_DECODE = {  # groups of 8 tokens -> candidates, the likeliest first; one of those that begin with 0 fits at most
-    1: ((1, 8, 1, 1), (1, 16), (0, 16, 1, 3), (0, 8, 1, 3), (1, 4, 1, 1), (2, 4, 1, 1), (2, 4, 2, 3), (2, 8),
-        (1, 8, 1, 2)),
-    2: ((1, 8), (0, 16, 1, 3), (0, 8, 1, 3), (1, 8, 1, 1), (2, 4, 2, 3), (2, 4, 1, 1), (2, 2, 2, 6), (1, 4, 1, 1),
-        (2, 4)),
+_DECODE = {  # groups of 8 tokens -> candidates, the likeliest first
+    1: ((1, 8, 1, 1), (1, 16), (1, 4, 1, 1), (2, 4, 1, 1), (2, 4, 2, 3), (2, 8), (1, 8, 1, 2), (2, 8, 2, 2)),
+    2: ((1, 8), (2, 4), (2, 4, 2, 3), (1, 16), (1, 4), (4, 2, 4, 3), (2, 8), (4, 4, 4, 2), (1, 8, 1, 1), (2, 4, 1, 1)),
     4: ((1, 8), (2, 4), (4, 2, 4, 2), (2, 4, 2, 2), (1, 4)),
     8: ((1, 4), (2, 4), (4, 2, 4, 2), (4, 1, 4, 3), (2, 2, 2, 2)),
-}  # fmt: skip
+}
 DECODE = {groups: tuple(DecodeBlocks(*numbers) for numbers in found) for groups, found in _DECODE.items()}
-HOLDING_WARPS = 16  # of all programs of a multiprocessor: as many as 128 registers for each thread and their stages fit
 
 
 def token_groups(tokens: int) -> int:
@@ -202,10 +198,7 @@ def decode_key(kept: Tensor, dtype: torch.dtype, tokens: int) -> tuple[object, .
 def decode_candidates(kept: Tensor, tokens: int) -> list[DecodeBlocks]:
     """Those whose blocks divide a weight and whose warps find work; without a measurement the first is taken."""
     rows, chunks = kept.shape[0], kept.shape[1] // 8
-    found = [
-        c for c in DECODE[token_groups(tokens)]
-        if (rows % c.blocks == 0 if c.blocks else chunks <= c.warps) and c.warps < 2 * chunks
-    ]  # fmt: skip
+    found = [c for c in DECODE[token_groups(tokens)] if rows % c.blocks == 0 and c.warps < 2 * chunks]
     return found or [DecodeBlocks(1, 1)]
 
 
@@ -225,16 +218,11 @@ def decode(
     arguments = (kept, places, x, bias, out, tokens, neurons, x.shape[1] * 2)
     groups = token_groups(tokens)
     constants = {
-        "BT": groups, "BW": blocks.warps, "EVEN": kept.shape[1] // 8 % blocks.warps == 0,
+        "BR": blocks.blocks, "BT": groups, "BW": blocks.warps, "EVEN": kept.shape[1] // 8 % blocks.warps == 0,
         "STEPS": gluon_kernels.instructions(out.dtype), "HAS_BIAS": bias is not None,
         **decode_options(blocks, groups),
     }  # fmt: skip
-    if blocks.blocks == 0:
-        programs = torch.cuda.get_device_properties(x.device).multi_processor_count * HOLDING_WARPS // blocks.warps
-        grid = (min(len(kept), programs),)
-        gluon_kernels.held_decode_kernel[grid](*arguments, len(kept), STAGES=blocks.stages, **constants)
-        return out
-    grid, constants["BR"] = (len(kept) // blocks.blocks,), blocks.blocks
+    grid = (len(kept) // blocks.blocks,)
     if blocks.stages < 2:
         gluon_kernels.decode_kernel[grid](*arguments, 0, X_TOO=blocks.stages == 1, **constants)
     else:
