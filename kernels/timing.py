@@ -1,7 +1,10 @@
-"""How long work takes on a GPU: replays of a CUDA graph, so that the host's pace does not count."""
+"""How long work takes on a GPU: replays of a CUDA graph, so that the host's pace does not count. And of what commit."""
 
+import os
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +15,19 @@ Calls = Sequence[Callable[[], object]]
 """The same work on different arguments, to be done in turn."""
 Timer = Callable[[Calls], float]
 """Calls -> seconds for one of them."""
+
+
+def commit() -> str:
+    """What is measured: the commit in SPARSELEARN_COMMIT, for a copy of a tree whose git is absent or another's; else
+    git's, with "-dirty" where files differ from it; else "unknown"."""
+    if named := os.environ.get("SPARSELEARN_COMMIT"):
+        return named
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def copies(*tensors: Tensor | None, most: int = 48) -> int:

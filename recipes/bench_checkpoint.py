@@ -51,6 +51,7 @@ from torch import Tensor, nn
 import sparselearn as sl
 from sparselearn.checkpoint import iterate, load, save, verify
 from sparselearn.checkpoint.legacy import write_legacy
+from sparselearn.kernels.timing import commit
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PATTERNS: dict[str, tuple[sl.Structure, float | None]] = {
@@ -66,12 +67,11 @@ Runs = dict[str, list[dict[str, float]]]
 
 def machine() -> dict[str, str]:
     """What every row of a table says of where it was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"cpu": f"{cpu}, {os.cpu_count()} cores"} | versions | {"commit": commit}
+    return {"cpu": f"{cpu}, {os.cpu_count()} cores"} | versions | {"commit": commit()}
 
 
 def write(rows: list[Row], out: Path | None, keys: tuple[str, ...] = ()) -> None:

@@ -25,7 +25,6 @@ import gc
 import itertools
 import math
 import re
-import subprocess
 import sys
 import time
 import traceback
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 import sparselearn as sl
 from sparselearn.distributions import uniform
 from sparselearn.errors import SparsityError
-from sparselearn.kernels.timing import Calls, graph_seconds
+from sparselearn.kernels.timing import Calls, commit, graph_seconds
 from sparselearn.modules.grouped import GroupedFanInLinear, measure_layers
 from sparselearn.modules.update import captured, update_condensed
 from sparselearn.recipes.data import Split
@@ -345,18 +344,14 @@ def record(path: Path | None, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def facts(kind: str, commit: str) -> dict[str, str]:
+def facts(kind: str) -> dict[str, str]:
     """Hardware, versions and commit."""
-    if not commit:
-        command = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = done.stdout.strip() or "unknown"
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = ""
     gpu = torch.cuda.get_device_name() if kind == "cuda" else "CPU"
-    return {"gpu": gpu, "torch": torch.__version__, "triton": triton, "commit": commit}
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton, "commit": commit()}
 
 
 def prepared(variants: Iterable[Variant], setting: Setting, data: Split) -> Iterator[Run]:
@@ -410,7 +405,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tune", action="store_true", help="tune the kernels' blocks before (a minute for each group)")
     made.add_argument("--eager", action="store_true", help="layers are not compiled")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--commit", default="", help="for the table, where there is no git")
     made.add_argument("--out", type=Path, help="CSV file to write or to go on with")
     return made
 
@@ -430,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     data = text_bytes(args.root, args.context).to(torch.device(setting.kind))
     runs = list(prepared(variants, setting, data))
     failed = len(runs) < len(variants)
-    found = facts(setting.kind, args.commit)
+    found = facts(setting.kind)
     # Seeds outermost, so that what is cut short has all variants of the first ones.
     plan = list(itertools.product(args.seeds, args.lr, runs))
     seconds: float | None = args.seconds

@@ -19,7 +19,6 @@ of `ours` over the other in the same round (`ratio`: 2 means that ours takes twi
 
 import argparse
 import csv
-import os
 import statistics
 import sys
 import time
@@ -250,7 +249,6 @@ def main(argv: list[str] | None = None) -> int:
     where: Row = machine()
     cpu = f"{where.pop('cpu')}, {args.threads} threads"
     where["hardware"] = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    where["commit"] = where["commit"] or os.environ.get("SPARSELEARN_COMMIT", "unknown")
     where["rounds"] = args.rounds
     if args.out:
         with args.out.open("w", newline="") as file:

@@ -11,10 +11,8 @@ before the clock starts. Blocks that are no multiple of 100 steps hold more or f
 
 import argparse
 import csv
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ import torchvision
 from torch import Tensor, nn
 
 import sparselearn as sl
+from sparselearn.kernels.timing import commit
 
 EVERY = 100  # steps between mask updates, RigL's usual
 
@@ -135,6 +134,7 @@ def hardware(device: torch.device) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", nargs="+", default=["resnet18", "vit"], choices=["resnet18", "vit"])
     parser.add_argument("--image", type=int, nargs="+", default=[32, 224], help="height and width of images")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 16 on a CPU, 64 256 on a GPU)")
     parser.add_argument("--block", type=int, help="steps per block (default: 2 on a CPU, 100 on a GPU)")
@@ -143,31 +143,30 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     gpu = device.type == "cuda"
-    rows = [
-        row
-        for name in ("resnet18", "vit")
-        for image in args.image
-        for batch in args.batch or ([64, 256] if gpu else [16])
-        for row in compare(name, image, batch, device, args.block or (EVERY if gpu else 2), args.rounds)
-    ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     where = {
         "hardware": hardware(device),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or os.environ.get("SPARSELEARN_COMMIT", "unknown"),
+        "commit": commit(),
     }
-    rows = [{**row, **where} for row in rows]
-    writer = csv.DictWriter(sys.stdout, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    if args.out:
-        fresh = not args.out.exists()
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+    for name in args.model:
+        for image in args.image:
+            for batch in args.batch or ([64, 256] if gpu else [16]):
+                rows = compare(name, image, batch, device, args.block or (EVERY if gpu else 2), args.rounds)
+                write([{**row, **where} for row in rows], args.out)
+    return 0
+
+
+def write(rows: list[dict[str, object]], out: Path | None) -> None:
+    """Print rows, and append them to a file at once: a run that is cut off keeps what it has measured."""
+    csv.DictWriter(sys.stdout, rows[0]).writerows(rows)
+    sys.stdout.flush()
+    if out is not None:
+        fresh = not out.exists()
+        with out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             if fresh:
                 writer.writeheader()
             writer.writerows(rows)
-    return 0
 
 
 if __name__ == "__main__":

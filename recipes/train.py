@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -26,6 +25,7 @@ from sparselearn import config as configs
 from sparselearn.config import Config
 from sparselearn.errors import SparsityError
 from sparselearn.flops import TrainingFlops, layer_flops, model_flops, stored_megabytes
+from sparselearn.kernels.timing import commit
 from sparselearn.lightning import SparsityCallback
 from sparselearn.recipes.callbacks import LAST, Bookkeeping, CsvMetrics, Plain, Rich, inner
 from sparselearn.recipes.data import Data
@@ -90,15 +90,11 @@ class Classifier(pl.LightningModule):
 
 
 def versions() -> dict[str, str]:
-    """What the result was made with. SPARSELEARN_COMMIT names the commit of a tree without git."""
-    here = Path(sparselearn.__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """What the result was made with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "sparselearn": sparselearn.__version__,
-        "commit": commit or os.environ.get("SPARSELEARN_COMMIT", "unknown"),
+        "commit": commit(),
         "torch": torch.__version__,
         "pytorch_lightning": version("pytorch-lightning"),
         "python": platform.python_version(),

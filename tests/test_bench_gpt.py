@@ -158,11 +158,12 @@ def test_nothing_is_compiled_while_time_is_counted(data: Split) -> None:
 
 
 def test_the_command_writes_table_and_picture(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSELEARN_COMMIT", "abc")
     out = tmp_path / "gpt.csv"
     variants = ["dense", "nm", "grouped32x2", "grouped24"]
-    common = ["--root", str(root), *OPTIONS, "--out", str(out), "--commit", "abc"]
+    common = ["--root", str(root), *OPTIONS, "--out", str(out)]
     assert main([*common, "--variants", *variants, "--steps", "8", "--seeds", "0", "1"]) == 1
     printed = capsys.readouterr().out
     assert "grouped24 could not be prepared" in printed  # 32 neurons are no multiple of 24; the others are there

@@ -14,7 +14,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from sparselearn.kernels.condensed import prepare
 from sparselearn.kernels.condensed.torch_ops import TorchOps
+from sparselearn.kernels.timing import commit
 
 LAYERS = ((768, 3072), (3072, 768), (1024, 4096), (4096, 4096))
 SHARED = 4  # neurons
@@ -159,10 +159,7 @@ def environment() -> dict[str, object]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = ""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return {**found, "commit": done.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    return {**found, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
 def save(table: list[dict[str, object]], path: Path, append: bool) -> None:

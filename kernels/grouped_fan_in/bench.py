@@ -14,7 +14,6 @@ block size by itself.
 
 import argparse
 import csv
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -38,7 +37,7 @@ from sparselearn.kernels.crossover_measure import (
     tune_copy,
 )
 from sparselearn.kernels.grouped_fan_in import linear, reference
-from sparselearn.kernels.timing import Calls, copies, graph_seconds
+from sparselearn.kernels.timing import Calls, commit, copies, graph_seconds
 
 LARGE = ((4096, 4096), (14336, 4096), (4096, 14336))  # neurons, inputs
 VIT = ((3072, 768), (768, 3072), (4096, 1024), (1024, 4096))
@@ -103,12 +102,7 @@ class Run:
 def facts() -> dict[str, str]:
     """Hardware, versions and commit of a row."""
     triton = __import__("triton").__version__
-    try:
-        command, here = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
-        commit = subprocess.check_output(command, cwd=here, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton, "commit": commit}
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton, "commit": commit()}
 
 
 def make_case(

@@ -17,7 +17,6 @@ Rows are written at once, after those of a file that is there.
 import argparse
 import csv
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,7 +30,7 @@ from sparselearn.errors import SparsityError
 from sparselearn.kernels import masked_optimizer
 from sparselearn.kernels.masked_optimizer import Target, reference
 from sparselearn.kernels.masked_optimizer.reference import Rule
-from sparselearn.kernels.timing import graph_seconds
+from sparselearn.kernels.timing import commit, graph_seconds
 
 RULE = Rule(1e-3, 0.9, 0.999, 1e-8, 0.01, decoupled=True)
 CONFIGS = ((512, 2), (512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8))  # weights of a program, warps
@@ -190,9 +189,8 @@ def place() -> Row:
     """Hardware, versions and commit, for every line of the table."""
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {"gpu": torch.cuda.get_device_name(), "python": platform.python_version(),
-            "torch": torch.__version__, "triton": triton.__version__, "commit": commit or "unknown"}  # fmt: skip
+            "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}  # fmt: skip
 
 
 def main() -> None:
