@@ -326,6 +326,21 @@ def test_every_candidate_for_tuning_is_right(group):
     assert fitting >= len(launch.FORWARD) + len(launch.GRAD_VALUES) - (1 if group == 128 else 0)
 
 
+@pytest.mark.parametrize("group", [8, 16, 32, 64, 128])
+def test_every_candidate_of_few_float32_tokens_is_right(group):
+    """With five stages one of these stopped with a misaligned address."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    x, values, bias, _, indices = case(5, 200, 4, group, 37, torch.float32)
+    expected = reference.linear(x.double(), values.double(), indices, bias.double())
+    few = crossover.Case(4 * group, 200, group, 37, "float32", False, 5)
+    candidates = crossover_measure.candidates(few, "forward")
+    assert len(candidates) > 1
+    for blocks in candidates:
+        near(launch.forward(x, values, indices, bias, torch.empty_like(expected, dtype=x.dtype), blocks=blocks),
+             expected, x.dtype, str(blocks))  # fmt: skip
+
+
 def test_a_nan_or_infinity_stays_in_its_token():
     x, values, _, _, indices = case(40, 50, 2, 16, 5, torch.float32, torch.int32)
     indices[:] = torch.arange(1, 6)

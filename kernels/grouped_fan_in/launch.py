@@ -15,6 +15,9 @@ from sparselearn.kernels import crossover
 from sparselearn.kernels.grouped_fan_in import triton_kernels as kernels
 from sparselearn.kernels.grouped_fan_in.layout import activations
 
+# With 5, V = 32, a fan-in that is no multiple of 16, and at most 16 tokens, token-major: the float32 kernel of triton 3.6
+# stops with "misaligned address" on an H200, with any number of warps. V = 16 and 64 and 16-bit types do not.
+MOST_STAGES_FLOAT32 = 4
 PARTIAL_BYTES = 24 * 2**20  # of partial sums at a time in `grad_input_collected`: they should stay in the L2 cache
 
 
@@ -76,7 +79,7 @@ def forward_blocks(values: Tensor, tokens: int) -> Blocks:
         best = Blocks(128, 32, 4, 4, True)
     else:
         best = Blocks(128, 64, 4, 3, group == 16)
-    return best._replace(inputs=32) if values.itemsize == 4 else best
+    return best._replace(inputs=32, stages=min(best.stages, MOST_STAGES_FLOAT32)) if values.itemsize == 4 else best
 
 
 def copy_blocks(dtype: torch.dtype) -> Blocks:
