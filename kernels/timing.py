@@ -1,4 +1,4 @@
-"""How long work takes on a GPU: replays of a CUDA graph, so that the host's pace does not count. And of what commit."""
+"""How long work takes on a GPU, with and without the host's part in it. And of what commit."""
 
 import os
 import statistics
@@ -53,6 +53,22 @@ def graph_seconds(calls: Calls, rounds: int = 5, least: float = 2e-3) -> float:
     times = [_replay_seconds(graph, repeats) for _ in range(rounds)]
     del graph
     return statistics.median(times) / len(calls)
+
+
+def event_seconds(calls: Calls, repeats: int = 20) -> float:
+    """Seconds of one call of many in a row, as a program without CUDA graphs makes them.
+
+    The host's work counts where it takes longer than the device's.
+    """
+    for call in calls:
+        call()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for i in range(repeats):
+        calls[i % len(calls)]()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3 / repeats
 
 
 def _replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import sparselearn as sl
 from sparselearn.distributions import uniform
 from sparselearn.errors import SparsityError
-from sparselearn.kernels.timing import Calls, commit, graph_seconds
+from sparselearn.kernels.timing import Calls, commit, event_seconds
 from sparselearn.modules.grouped import GroupedFanInLinear, measure_layers
 from sparselearn.modules.update import captured, update_condensed
 from sparselearn.recipes.data import Split
@@ -302,11 +302,12 @@ class Run:
 
 
 def choose_ways(
-    model: nn.Module, tokens: int, timer: Callable[[Calls], float] = graph_seconds, dtype: torch.dtype = torch.bfloat16
+    model: nn.Module, tokens: int, timer: Callable[[Calls], float] = event_seconds, dtype: torch.dtype = torch.bfloat16
 ) -> dict[tuple[int, ...], str]:
     """Give every grouped layer the fastest of its ways, forward and backward; each shape is timed once, in seconds.
 
-    `GroupedFanInLinear.measure` would tune the kernels' blocks, too, which takes a minute.
+    The host's time counts, since this loop uses no CUDA graph: `collected` starts two kernels for every portion of
+    tokens. (`GroupedFanInLinear.measure` would tune the kernels' blocks, too, which takes a minute.)
     """
     chosen: dict[tuple[int, ...], str] = {}
     for layer in model.modules():

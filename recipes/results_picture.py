@@ -114,8 +114,9 @@ def _lines(ax: Any, curves: Curves) -> None:
     if curves.log:
         ax.set_xscale("log")
     ticks = sorted({p[0] for points in curves.lines.values() for p in points} - {0})
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
+    if len(ticks) <= 10:  # settings, each with its own; a measure that varies keeps matplotlib's
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
     ax.set(xlabel=curves.xlabel, ylabel=curves.ylabel)
 
 

@@ -200,3 +200,15 @@ def test_candidates_fit_the_case(folder):
     wide = crossover_measure.candidates(CASE._replace(dtype="float32", tokens=4096), "forward")
     assert all(b.inputs <= 32 or b.tokens <= 64 for b in wide)
     assert any(b.ahead for b in wide)
+
+
+@pytest.mark.parametrize("group", [8, 16, 32, 64, 128])
+def test_float32_kernels_have_no_stages_that_triton_compiles_wrongly(folder, group):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    for tokens in (1, 16, 64, 4096):
+        case = CASE._replace(dtype="float32", group=group, tokens=tokens)
+        used = [*crossover_measure.candidates(case, "forward"), launch.forward_blocks(torch.empty(2, group, 37), tokens)]
+        assert max(blocks.stages for blocks in used) <= 4
+    assert launch.forward_blocks(torch.empty(2, group, 37, dtype=torch.bfloat16), 16).stages == 5

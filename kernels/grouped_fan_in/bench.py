@@ -37,7 +37,7 @@ from sparselearn.kernels.crossover_measure import (
     tune_copy,
 )
 from sparselearn.kernels.grouped_fan_in import linear, reference
-from sparselearn.kernels.timing import Calls, commit, copies, graph_seconds
+from sparselearn.kernels.timing import Calls, commit, copies, event_seconds, graph_seconds
 
 LARGE = ((4096, 4096), (14336, 4096), (4096, 14336))  # neurons, inputs
 VIT = ((3072, 768), (768, 3072), (4096, 1024), (1024, 4096))
@@ -112,19 +112,6 @@ def make_case(
     step, exact = 64 if inputs >= 4096 else 32, round(inputs * (1 - sparsity))
     fan_in = max(step, exact // step * step) if group > 1 else exact
     return Case(neurons, inputs, group, fan_in, dtype, training, tokens)
-
-
-def event_seconds(calls: Calls, repeats: int = 20) -> float:
-    """Seconds of a call including the host's work, where a graph cannot be captured."""
-    for call in calls:
-        call()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for i in range(repeats):
-        calls[i % len(calls)]()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3 / repeats
 
 
 class Layer:

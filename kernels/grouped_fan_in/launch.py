@@ -15,8 +15,8 @@ from sparselearn.kernels import crossover
 from sparselearn.kernels.grouped_fan_in import triton_kernels as kernels
 from sparselearn.kernels.grouped_fan_in.layout import activations
 
-# With 5, V = 32, a fan-in that is no multiple of 16, and at most 16 tokens, token-major: the float32 kernel of triton 3.6
-# stops with "misaligned address" on an H200, with any number of warps. V = 16 and 64 and 16-bit types do not.
+# With more, and V = 32, triton 3.6 writes wrong addresses (bits of the thread's number stray into them) for at most 16
+# token-major tokens and a fan-in that is no multiple of 16: "misaligned address" on an H200. Triton 3.8 does not.
 MOST_STAGES_FLOAT32 = 4
 PARTIAL_BYTES = 24 * 2**20  # of partial sums at a time in `grad_input_collected`: they should stay in the L2 cache
 
