@@ -7,8 +7,7 @@ A way that was not measured as the fastest is not taken: what is unknown is comp
 each name of a GPU and versions of torch, CUDA and triton, in `$SPARSELEARN_CACHE`, else `~/.cache/sparselearn`.
 
 Times are those of CUDA graphs. Without one the host starts every kernel, which counts where layers are small or a way
-has many kernels (`collected` has two for each portion of tokens): compile with `mode="reduce-overhead"`, or look at the
-time of your whole step.
+has many kernels (`collected` has two for each portion of tokens): capture your step in a graph, or compare whole steps.
 """
 
 import argparse

@@ -306,8 +306,8 @@ def choose_ways(
 ) -> dict[tuple[int, ...], str]:
     """Give every grouped layer the fastest of its ways, forward and backward; each shape is timed once, in seconds.
 
-    The host's time counts, since this loop uses no CUDA graph: `collected` starts two kernels for every portion of
-    tokens. (`GroupedFanInLinear.measure` would tune the kernels' blocks, too, which takes a minute.)
+    The host's time counts, since this loop uses no CUDA graph and `collected` starts many kernels.
+    `GroupedFanInLinear.measure` would tune the kernels' blocks, too, which takes a minute.
     """
     chosen: dict[tuple[int, ...], str] = {}
     for layer in model.modules():

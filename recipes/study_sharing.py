@@ -6,8 +6,8 @@ ResNet-8 of width 64 on Fashion-MNIST, 936 steps of 256 (the recipe `fashion_mni
 importance; `--jobs` processes take one after the other, and after `--seconds` what is not finished is given up, so that
 a run always ends with whole rows in `<out>/results.csv`. Finished cells are kept: a second call goes on.
 
-Ways to share that are compared at V = 16 (column `way`; empty is `ConstantFanIn(16)` as it is: neighbours are a group,
-and the sum of |w| or |dL/dw| over it ranks):
+Ways to share that are compared at V = 16, and at V = 8 in a narrow network (column `way`; empty is `ConstantFanIn(V)`
+as it is: neighbours are a group, and the sum of |w| or |dL/dw| over it ranks):
 
 - `squares`, `largest`: Σ s², or max s, in place of Σ s. (Means need no run: all groups are of equal size.)
 - `coherent`: growth by |Σ dL/dw|, what the loss would gain if the whole group moved in one direction.
@@ -226,6 +226,8 @@ def cells() -> list[Cell]:
         wanted += [((method, 0.95), {"group": 1, "way": ways[0]})]
     wanted += [(("rigl", sparsity), {"group": group}) for sparsity in (0.9, 0.98) for group in (16, 8, 32, 4)]
     wanted += [(("rigl", 0.95), {"group": group, "width": 32}) for group in (1, 16, 4, 8)]
+    wanted += [(("rigl", 0.95), {"group": group, "width": 16}) for group in (1, 4, 8, 16)]
+    wanted += [(("rigl", 0.95), {"group": 8, "way": way, "width": 16}) for way in WAYS]
     return [cell(method, sparsity, seed, **more) for (method, sparsity), more in wanted for seed in (0, 1, 2)]
 
 

@@ -16,7 +16,7 @@ from sparselearn.kernels.grouped_fan_in import triton_kernels as kernels
 from sparselearn.kernels.grouped_fan_in.layout import activations
 
 # With more, and V = 32, triton 3.6 writes wrong addresses (bits of the thread's number stray into them) for at most 16
-# token-major tokens and a fan-in that is no multiple of 16: "misaligned address" on an H200. Triton 3.8 does not.
+# token-major tokens and a fan-in that is no multiple of 16: "misaligned address" on an H200. Triton 3.8 did not.
 MOST_STAGES_FLOAT32 = 4
 PARTIAL_BYTES = 24 * 2**20  # of partial sums at a time in `grad_input_collected`: they should stay in the L2 cache
 
