@@ -160,6 +160,16 @@ def rows_forward(case: Case, detailed: bool = True, tuned: bool = True) -> list[
     return rows
 
 
+def rows_tf32(case: Case) -> list[Row]:
+    """`rows_forward` with both sides in TF32, and the blocks that were tuned for float32."""
+    kept, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    try:
+        rows = rows_forward(case, detailed=False, tuned=False)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = kept
+    return [row._replace(method=f"{row.method} (tf32)") for row in rows]
+
+
 def rows_candidates(case: Case) -> list[Row]:
     """Every block size of the two kernels, the fastest first; of the copy; and portions of the collected gradient.
 
@@ -322,6 +332,8 @@ def works(section: str) -> Iterator[Work]:
         for dtype in ("float16", "float32"):
             for group in (16, 32, 64):
                 yield partial(rows_forward, make_case(LARGE[0], 4096, group, 0.9, dtype=dtype), detailed=False)
+        for group in (16, 32, 64):
+            yield partial(rows_tf32, make_case(LARGE[0], 4096, group, 0.9, dtype="float32"))
 
 
 def first_cases(section: str) -> list[Case]:
