@@ -17,7 +17,8 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from sparselearn.errors import SparsityError
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """A number of tokens is computed as the next higher one of these is fastest; more than the last as the last."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": "tf32"}
 
 
 class Case(NamedTuple):
@@ -38,7 +39,7 @@ class Case(NamedTuple):
     inputs: int
     group: int
     fan_in: int
-    dtype: str  # as "bfloat16"
+    dtype: str  # `dtype_name`
     training: bool  # forward and backward, else forward alone
     tokens: int  # one of BUCKETS
     pattern: str = ""  # of an n:m layer, as "2:4"; its group is 1
@@ -47,6 +48,30 @@ class Case(NamedTuple):
         kind = "training" if self.training else "forward"
         form = self.pattern or f"V={self.group} {1 - self.fan_in / self.inputs:.2%}"
         return f"{self.neurons}x{self.inputs} {form} {self.dtype} {kind} {self.tokens}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def dtype_name(dtype: torch.dtype) -> str:
+    """As "bfloat16"; "tf32" for float32 where torch forms matrix products so, which changes what is fastest."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The inverse of `dtype_name`."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+@contextmanager
+def products_of(name: str) -> Iterator[None]:
+    """Within it, matrix products of float32 are formed as this `dtype_name` says."""
+    kept = torch.backends.cuda.matmul.fp32_precision
+    if name in ("float32", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = kept
 
 
 Measure = Callable[[Case], dict[str, float]]
@@ -179,9 +204,8 @@ def cases_of(
                 for dtype in dtypes:
                     if dtype not in DTYPES:
                         raise SparsityError(f"`--dtypes` must be of {', '.join(DTYPES)}; got {dtype!r}.")
-                    name = str(DTYPES[dtype]).removeprefix("torch.")
                     made += [
-                        Case(neurons, inputs, group, fan_in, name, train, bucket(n))
+                        Case(neurons, inputs, group, fan_in, DTYPES[dtype], train, bucket(n))
                         for train in training
                         if group > 1 or not train  # condensed layers are trained on other back ends
                         for n in tokens
@@ -196,7 +220,7 @@ def main(arguments: Sequence[str] | None = None, measured: Measure | None = None
     parser.add_argument("--layers", nargs="+", default=["4096x4096"], help="neurons x inputs (%(default)s)")
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 16, 32, 64], help="V; 1 is condensed")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.9], help="(%(default)s)")
-    parser.add_argument("--dtypes", nargs="+", default=["bf16"], help="of bf16, fp16, fp32")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], help="of bf16, fp16, fp32, tf32")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 256, 4096], help="(%(default)s)")
     parser.add_argument("--only", choices=["forward", "training"], help="measure one of the two")
     parser.add_argument("--seconds", type=float, default=600, help="stop after this time (%(default)s)")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselearn.kernels.condensed import triton as condensed
-from sparselearn.kernels.crossover import Case, Table, table
+from sparselearn.kernels.crossover import Case, Table, products_of, table, torch_dtype
 from sparselearn.kernels.grouped_fan_in import by_input, layout, linear
 from sparselearn.kernels.timing import Calls, Timer, copies, graph_seconds
 
@@ -35,11 +35,16 @@ def ensure(case: Case) -> None:
 
 def measured_seconds(case: Case, timer: Timer = graph_seconds, device: str = "cuda") -> dict[str, float]:
     """Way -> seconds. "dense" is the product with a dense weight that is there already."""
-    if case.pattern:
-        from sparselearn.kernels.semi_structured import measure
+    with products_of(case.dtype):
+        if case.pattern:
+            from sparselearn.kernels.semi_structured import measure
 
-        return measure.measured_seconds(case, timer, device)
-    dtype = getattr(torch, case.dtype)
+            return measure.measured_seconds(case, timer, device)
+        return _measured_seconds(case, timer, device)
+
+
+def _measured_seconds(case: Case, timer: Timer, device: str) -> dict[str, float]:
+    dtype = torch_dtype(case.dtype)
     x = torch.randn(case.tokens, case.inputs, device=device, dtype=dtype)
     grad = torch.randn(case.tokens, case.neurons, device=device, dtype=dtype)
     weight = torch.empty(case.neurons, case.inputs, device=device, dtype=dtype)
@@ -150,17 +155,18 @@ def _compile(jobs: list[tuple[Case, str, tuple[Any, ...]]]) -> None:
     from sparselearn.kernels.grouped_fan_in import launch
 
     for case, kernel, numbers in jobs:
-        made = {"device": "cuda", "dtype": getattr(torch, case.dtype)}
+        made: Any = {"device": "cuda", "dtype": torch_dtype(case.dtype)}
         x = layout.activations(torch.empty(case.tokens, 1, **made), case.inputs, case.tokens > 16).zero_()
         y = torch.zeros(case.tokens, case.neurons, **made)
         values = torch.zeros(case.neurons // case.group, case.group, case.fan_in, **made)
         narrow = torch.int16 if case.inputs <= 2**15 else torch.int32
         indices = torch.zeros(len(values), case.fan_in, device="cuda", dtype=narrow)
         try:
-            if kernel == "forward":
-                launch.forward(x, values, indices, None, y, "none", launch.Blocks(*numbers))
-            else:
-                launch.grad_values(y, x, values, indices, launch.Blocks(*numbers))
+            with products_of(case.dtype):
+                if kernel == "forward":
+                    launch.forward(x, values, indices, None, y, "none", launch.Blocks(*numbers))
+                else:
+                    launch.grad_values(y, x, values, indices, launch.Blocks(*numbers))
         except Exception as error:
             if not _too_large(error):
                 raise

@@ -7,11 +7,13 @@ never; NaN is refused. To add one, write the function; nothing is registered.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sparselearn.checks import check
 from sparselearn.errors import SparsityError
 
 
@@ -348,6 +350,13 @@ def snip(layer: Layer) -> Tensor:
     return (layer.dense_grad() * layer.weight).abs()
 
 
+def _refuse_nan(name: str, step: int, role: str) -> None:
+    raise SparsityError(
+        f"The {role} criterion returned NaN for `{name}` at step {step}. "
+        "Look for a loss that diverged, or return -inf for weights that must not be chosen."
+    )
+
+
 def check_score(score: Tensor, layer: Layer, role: str) -> Tensor:
     """Refuse a score of another shape or with NaN; the message names layer, role and step."""
     if score.shape != layer.weight.shape:
@@ -355,11 +364,7 @@ def check_score(score: Tensor, layer: Layer, role: str) -> Tensor:
             f"The {role} criterion returned a score of shape {list(score.shape)} for `{layer.name}`; "
             f"it must have the weight's shape {list(layer.weight.shape)}."
         )
-    if bool(torch.isnan(score).any()):
-        raise SparsityError(
-            f"The {role} criterion returned NaN for `{layer.name}` at step {layer.step}. "
-            "Look for a loss that diverged, or return -inf for weights that must not be chosen."
-        )
+    check(torch.isnan(score).any(), partial(_refuse_nan, layer.name, layer.step, role))
     return score
 
 

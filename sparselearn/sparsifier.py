@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from sparselearn import distributed, fused_update, latent, scaling, statistics
+from sparselearn import checks, distributed, fused_update, latent, scaling, statistics
 from sparselearn.criteria import Criterion, Layer, Tracker
 from sparselearn.distributions import Distribution, erk
 from sparselearn.errors import SparsityError
@@ -323,11 +323,12 @@ class Sparsifier(MaskedModel):
             first = next(iter(layers.values()))[1]
             if method.refresh(first.step):
                 nnz = self._budgets(first.step)
-                for name, (weight, layer) in layers.items():
-                    view = self._view(name, layer.dense, layer, None, self._slots(optimizer, weight))
-                    changed = latent.refresh(method, layer, view, nnz[name])
-                    for key, value in changed.items():
-                        self._samples.setdefault(key, []).append((value, view.mask.numel()))
+                with checks.together():
+                    for name, (weight, layer) in layers.items():
+                        view = self._view(name, layer.dense, layer, None, self._slots(optimizer, weight))
+                        changed = latent.refresh(method, layer, view, nnz[name])
+                        for key, value in changed.items():
+                            self._samples.setdefault(key, []).append((value, view.mask.numel()))
         if stepped or opened.entered:
             for name, (weight, layer) in layers.items():
                 latent.project(method, weight.parameter.data, self._view(name, layer.dense, layer, None, {}))

@@ -35,6 +35,35 @@ def test_what_was_not_measured_as_faster_is_dense(folder):
         assert crossover.choose(*CASE._replace(**other)) == "dense"
 
 
+def test_tf32_is_measured_and_asked_for_by_itself(folder):
+    layer = nn.Linear(128, 64)
+    mask = torch.zeros(64, 128, dtype=torch.bool)
+    mask[:, :12] = True
+    layer.weight.data.masked_fill_(~mask, 0)
+    layer = GroupedFanInLinear.from_dense(layer, mask, 16)
+    crossover.table().seconds[layer._case(torch.float32, False, 256)] = {"dense": 3.0, "sparse": 2.0}
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert crossover.choose(*layer._case(torch.float32, False, 256)) == "sparse"
+    with crossover.products_of("tf32"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert crossover.dtype_name(torch.float32) == "tf32"
+        assert crossover.torch_dtype("tf32") == torch.float32
+        assert crossover.dtype_name(torch.bfloat16) == "bfloat16"
+        assert layer._case(torch.float32, False, 256).dtype == "tf32"
+        assert crossover.choose(*layer._case(torch.float32, False, 256)) == "dense"
+        with crossover.products_of("float32"):
+            assert crossover.dtype_name(torch.float32) == "float32"
+        seen = measured_seconds(
+            CASE._replace(dtype="float32"), lambda calls: float(crossover.dtype_name(torch.float32) == "tf32"), "cpu"
+        )
+        assert set(seen.values()) == {0.0}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    seen = measured_seconds(
+        CASE._replace(dtype="tf32"), lambda calls: float(crossover.dtype_name(torch.float32) == "tf32"), "cpu"
+    )
+    assert set(seen.values()) == {1.0}
+
+
 def test_a_file_keeps_the_table_and_writers_merge(folder):
     path = folder / "table.json"
     first, second = Table(path), Table(path)
@@ -112,7 +141,7 @@ def test_mistakes_in_the_command_are_named(folder):
     for arguments, message in [
         (["--layers", "64"], "like 3072x768; got '64'"),
         (["--layers", "60x64", "--groups", "16"], r"60 neurons \(layer 60x64\) cannot be split into groups of 16"),
-        (["--dtypes", "int8"], "must be of bf16, fp16, fp32; got 'int8'"),
+        (["--dtypes", "int8"], "must be of bf16, fp16, fp32, tf32; got 'int8'"),
     ]:
         with pytest.raises(SparsityError, match=message):
             crossover.main(arguments, lambda case: {"dense": 1.0})

@@ -118,7 +118,7 @@ class Layer:
     """Everything that is timed for a case: dense weights, sparse sets, inputs."""
 
     def __init__(self, case: Case) -> None:
-        dtype = getattr(torch, case.dtype)
+        dtype = crossover.torch_dtype(case.dtype)
         self.case = case
         self.x = torch.randn(case.tokens, case.inputs, device="cuda", dtype=dtype)
         self.grad = torch.randn(case.tokens, case.neurons, device="cuda", dtype=dtype)
@@ -158,16 +158,6 @@ def rows_forward(case: Case, detailed: bool = True, tuned: bool = True) -> list[
                 calls = [partial(linear, x, v, i, by_feature=by_feature) for v, i, *_ in layer.sets]
                 rows.append(Row(case, name, graph_seconds(calls), blocks))
     return rows
-
-
-def rows_tf32(case: Case) -> list[Row]:
-    """`rows_forward` with both sides in TF32, and the blocks that were tuned for float32."""
-    kept, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
-    try:
-        rows = rows_forward(case, detailed=False, tuned=False)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = kept
-    return [row._replace(method=f"{row.method} (tf32)") for row in rows]
 
 
 def rows_candidates(case: Case) -> list[Row]:
@@ -329,11 +319,10 @@ def works(section: str) -> Iterator[Work]:
             for group in (16, 32, 64):
                 yield partial(rows_peers, make_case(LARGE[0], tokens, group, 0.9))
     elif section == "dtypes":
-        for dtype in ("float16", "float32"):
+        for dtype in ("float16", "float32", "tf32"):
             for group in (16, 32, 64):
-                yield partial(rows_forward, make_case(LARGE[0], 4096, group, 0.9, dtype=dtype), detailed=False)
-        for group in (16, 32, 64):
-            yield partial(rows_tf32, make_case(LARGE[0], 4096, group, 0.9, dtype="float32"))
+                case = make_case(LARGE[0], 4096, group, 0.9, dtype=dtype)
+                yield crossover.products_of(dtype)(partial(rows_forward, case, detailed=False))
 
 
 def first_cases(section: str) -> list[Case]:
@@ -342,7 +331,7 @@ def first_cases(section: str) -> list[Case]:
     if section in ("peers", "gemv"):
         return []
     if section == "dtypes":
-        return [make_case(layer, 4096, g, 0.9, dtype=dtype) for dtype in ("float16", "float32") for g in groups]
+        return [make_case(layer, 4096, g, 0.9, dtype=dtype) for dtype in ("float16", "float32", "tf32") for g in groups]
     found = [make_case(layer, 4096, group, 0.9, True) for group in groups]
     if section == "vit":  # a fan-in that is no multiple of 64
         found += [make_case(VIT[1], 12544, group, 0.9, True) for group in (32, 64)]

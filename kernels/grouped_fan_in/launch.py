@@ -55,7 +55,7 @@ COPY = (Blocks(64, 64, 4, 1), Blocks(128, 64, 8, 1), Blocks(128, 64, 4, 1), Bloc
 
 def tuning_key(kernel: str, values: Tensor, tokens: int) -> tuple[object, ...]:
     """Token counts of one power of two share their blocks."""
-    return (kernel, *values.shape, str(values.dtype).removeprefix("torch."), max(tokens - 1, 1).bit_length())
+    return (kernel, *values.shape, crossover.dtype_name(values.dtype), max(tokens - 1, 1).bit_length())
 
 
 def tuned(kernel: str, values: Tensor, tokens: int) -> Blocks | None:
@@ -101,7 +101,7 @@ def _processors(device: torch.device) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How products of float32 are formed: as torch's own matrix products are."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if crossover.dtype_name(dtype) == "tf32" else "ieee"
 
 
 def is_wide(*tensors: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselearn.kernels import crossover
-from sparselearn.kernels.crossover import Case
+from sparselearn.kernels.crossover import Case, torch_dtype
 from sparselearn.kernels.semi_structured import cslt, fragments, ops, reference
 from sparselearn.kernels.semi_structured.search import Product, search
 from sparselearn.kernels.timing import Calls, Timer, copies, graph_seconds
@@ -27,7 +27,7 @@ def measured_seconds(
     "dense", the product with a dense weight that is there already, is always measured, others if among `ways`.
     """
     n, m = map(int, case.pattern.split(":"))
-    dtype = getattr(torch, case.dtype)
+    dtype = torch_dtype(case.dtype)
     x = torch.randn(case.tokens, case.inputs, device=device, dtype=dtype)
     weight = torch.randn(case.neurons, case.inputs, device=device, dtype=dtype) * case.inputs**-0.5
     if case.training:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparselearn.checks import located
 from sparselearn.criteria import Criterion, Layer, Tracker, check_score, magnitude
 from sparselearn.errors import SparsityError
 from sparselearn.schedules import DensitySchedule, Schedule, constant
@@ -95,10 +96,8 @@ class StraightThrough:
         score = check_score(self.criterion(layer), layer, "mask").float()
         if layer.support is not None:
             score = score.masked_fill(~layer.support, -torch.inf)
-        try:
+        with located(f"`{layer.name}` at step {step}"):
             return structure.topk(score, nnz)
-        except SparsityError as error:
-            raise SparsityError(f"`{layer.name}` at step {step}: {error}") from error
 
     def backward_mask(self, layer: Layer, step: int) -> Tensor:
         """B: the mask's weights, then the best others."""

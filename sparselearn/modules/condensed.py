@@ -164,7 +164,7 @@ class _Condensed(SparseModule):
 
     def _case(self, dtype: torch.dtype, tokens: int) -> crossover.Case:
         (neurons, fan_in), inputs = self.values.shape, self._input_indices()[1]
-        name = str(dtype).removeprefix("torch.")
+        name = crossover.dtype_name(dtype)
         return crossover.Case(neurons, inputs, 1, fan_in, name, False, crossover.bucket(tokens))
 
     def measure(self, tokens: int) -> None:

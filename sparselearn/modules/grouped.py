@@ -248,7 +248,7 @@ class GroupedFanInLinear(SparseModule):
         return self.way or crossover.choose(*self._case(x_TI.dtype, training, x_TI.shape[0]))
 
     def _case(self, dtype: torch.dtype, training: bool, tokens: int) -> crossover.Case:
-        neurons, name = self.values.shape[0] * self.group, str(dtype).removeprefix("torch.")
+        neurons, name = self.values.shape[0] * self.group, crossover.dtype_name(dtype)
         return crossover.Case(
             neurons, self.in_features, self.group, self.fan_in, name, training, crossover.bucket(tokens)
         )

@@ -198,7 +198,7 @@ class SemiStructuredLinear(SparseModule):
         return next((way for way in possible if way == wanted), "dense")
 
     def _case(self, dtype: torch.dtype, training: bool, tokens: int) -> crossover.Case:
-        shape, name = (self.out_features, self.in_features), str(dtype).removeprefix("torch.")
+        shape, name = (self.out_features, self.in_features), crossover.dtype_name(dtype)
         return crossover.Case(*shape, 1, self.values.shape[1], name, training, tokens, f"{self.n}:{self.m}")
 
     def measure(self, tokens: int, *, training: bool = False, dtype: torch.dtype | None = None) -> None:

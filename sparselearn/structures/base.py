@@ -1,11 +1,13 @@
 """What every structure offers, the unstructured one, and the ranking that all of them share."""
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sparselearn.checks import check
 from sparselearn.errors import SparsityError
 
 
@@ -91,8 +93,11 @@ def highest(score: Tensor, k: int, keep: Tensor | None = None) -> Tensor:
 
 def require(who: object, score: Tensor, k: int, group: str, what: str = "weights") -> None:
     """Raises `SparsityError` where a line of the last dimension has fewer than k scores above `-inf`."""
-    if not score.numel() or bool(score.min() > -math.inf):
-        return
+    if score.numel():
+        check(~(score.min() > -math.inf), partial(_count_candidates, who, score, k, group, what))
+
+
+def _count_candidates(who: object, score: Tensor, k: int, group: str, what: str) -> None:
     candidates = (score > -math.inf).sum(-1).reshape(-1)
     if (fewest := int(candidates.min())) < k:
         raise SparsityError(
