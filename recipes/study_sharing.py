@@ -1,4 +1,4 @@
-"""What a constant fan-in costs on a CNN, and what sharing it among V filters costs: the runs of `srigl-cnn.csv`.
+"""What a constant fan-in costs on a CNN, and what sharing it among V filters costs: the runs of `sharing-cnn.csv`.
 
     python -m sparselearn.recipes.study_sharing --root data --jobs 16 --seconds 300 --out runs/sharing
 
@@ -228,6 +228,7 @@ def cells() -> list[Cell]:
     wanted += [(("rigl", 0.95), {"group": group, "width": 32}) for group in (1, 16, 4, 8)]
     wanted += [(("rigl", 0.95), {"group": group, "width": 16}) for group in (1, 4, 8, 16)]
     wanted += [(("rigl", 0.95), {"group": 8, "way": way, "width": 16}) for way in WAYS]
+    wanted += [(("srigl", 0.95), {"group": group, "width": 16}) for group in (8, 1)]
     return [cell(method, sparsity, seed, **more) for (method, sparsity), more in wanted for seed in (0, 1, 2)]
 
 
