@@ -1,5 +1,6 @@
 """The condensed products against their formulas: both back ends, odd sizes, threads, forked processes, no numba."""
 
+import ctypes
 import sys
 import threading
 from contextlib import contextmanager
@@ -99,6 +100,26 @@ def test_neurons_that_do_not_all_share_their_inputs_are_computed_one_by_one():
     assert cpu.NumbaOps(together.roll(1, 0), 9)._forward.shared == 1  # groups begin elsewhere
     together[7] = together[7].flip(0)
     assert cpu.NumbaOps(together, 9)._forward.shared == 1
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("group", [1, 4])
+def test_one_row_is_the_formula_with_gathers_and_without(gathers, group, monkeypatch):
+    """Which of the two a processor takes follows from its name; both must be right on every processor."""
+    kernels = cpu.cpu_kernels
+    monkeypatch.setattr(kernels, "GATHERS", gathers)
+    kernel = kernels.gemv if group == 1 else kernels.gemv_shared
+    signature = cpu.numba.types.void(cpu.numba.types.voidptr)
+    made = cpu.numba.cfunc(signature, error_model="numpy", fastmath={"contract", "reassoc"})(kernel)
+    for neurons, inputs, fan_in in [(4, 3, 1), (8, 9, 7), (12, 20, 8), (68, 70, 17), (128, 65, 31), (4, 90, 77)]:
+        values, indices = case(neurons, inputs, fan_in)
+        indices = indices[::group].repeat_interleave(group, 0)
+        x, bias = torch.randn(1, inputs), torch.randn(neurons)
+        columns, y = indices.to(torch.uint16), torch.full((1, neurons), torch.nan)
+        for add in (bias, None):
+            at = [t.data_ptr() for t in (values, columns, x)] + [0 if add is None else add.data_ptr(), y.data_ptr()]
+            made.ctypes((ctypes.c_int64 * 8)(0, neurons, fan_in, *at))
+            torch.testing.assert_close(y, reference.linear(x, values, indices, add), rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch_gives_empty_results_and_zero_gradients():

@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BLOCK = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # sums of so many lanes that fit the registers
+GATHERS = not binding.get_host_cpu_name().startswith("znver")  # AMD's gather takes longer than as many loads
 AHEAD = 4096  # bytes; the hardware stops reading ahead at the end of a page
 SIDE = 8  # of the squares that are transposed in registers
 ROWS = 16  # results that are computed before they are stored: one cache line of each row of y
@@ -153,6 +154,63 @@ def _dot(
     return types.void(lanes, rows, *[types.intp] * 7), generate
 
 
+@intrinsic(prefer_literal=True)
+def _row_dot(typing: Any, rows: Any, values: Any, columns: Any, count: Any, x: Any, y: Any) -> Any:
+    """y[r] = Σ_k values[r, k] · x[columns[k]] for k < count, r < rows, with one load for each number of x.
+
+    LLVM would read x with gather instructions.
+    """
+    shared = rows.literal_value
+    lane = ir.VectorType(F32, SIDE)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, values, columns, count, x, y = args
+        sums = [[cgutils.alloca_once_value(builder, ir.Constant(lane, None)) for _ in range(shared)] for _ in "ab"]
+        rest = [cgutils.alloca_once_value(builder, F32(0.0)) for _ in range(shared)]
+
+        def number(column: Any) -> Any:
+            return builder.load(_at(builder, x, F32, builder.zext(column, I64)))
+
+        def add(k: Any, numbers: Any, totals: Any, read: Any) -> None:
+            for r, total in enumerate(totals):
+                weights = read(builder.add(k, builder.mul(count, I64(r))))
+                builder.store(_fused(builder, weights, numbers, builder.load(total)), total)
+
+        def side(k: Any, totals: Any) -> None:
+            numbers = ir.Constant(lane, ir.Undefined)
+            for j in range(0, SIDE, 4):  # one load brings four columns
+                place = builder.bitcast(_at(builder, columns, I16, builder.add(k, I64(j))), I64.as_pointer())
+                four = builder.load(place, align=2)
+                for u in range(4):
+                    column = builder.trunc(builder.lshr(four, I64(16 * u)), I16)
+                    numbers = builder.insert_element(numbers, number(column), I32(j + u))
+            add(k, numbers, totals, lambda at: builder.load(_vector_at(builder, values, SIDE, at), align=4))
+
+        done = I64(0)
+        for together in (2, 1):  # sums side by side
+            width = I64(SIDE * together)
+            end = builder.sub(count, builder.urem(count, width))
+            with cgutils.for_range_slice(builder, done, end, width, I64) as (k, _):
+                for part in range(together):
+                    side(builder.add(k, I64(SIDE * part)), sums[part])
+            done = end
+        with cgutils.for_range_slice(builder, done, count, I64(1), I64) as (k, _):
+            column = builder.load(_at(builder, columns, I16, k))
+            add(k, number(column), rest, lambda at: builder.load(_at(builder, values, F32, at)))
+        for r in range(shared):
+            total = builder.fadd(builder.load(sums[0][r]), builder.load(sums[1][r]))
+            half = SIDE // 2
+            while half:
+                low, high = list(range(half)), list(range(half, 2 * half))
+                total = builder.fadd(_shuffle(builder, total, total, low), _shuffle(builder, total, total, high))
+                half //= 2
+            total = builder.fadd(builder.extract_element(total, I32(0)), builder.load(rest[r]))
+            builder.store(total, _at(builder, y, F32, I64(r)))
+        return context.get_dummy_value()
+
+    return types.void(rows, *[types.intp] * 5), generate
+
+
 @intrinsic
 def _transpose(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
     """target[j, i] = source[i, j] for i, j < SIDE; addresses, and strides of the rows in numbers."""
@@ -244,10 +302,15 @@ def gemv(block: Any) -> None:
                 _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
             for line in range(0, K, 32):
                 _prefetch(a[4] + 2 * (K * n + line) + AHEAD // 2, 0)
-            total = np.float32(0)
-            for k in range(K):
-                total += values[n, k] * x[columns[n, k]]
-            y[n] = total + bias[n] if biased else total
+            if GATHERS:
+                total = np.float32(0)
+                for k in range(K):
+                    total += values[n, k] * x[columns[n, k]]
+                y[n] = total
+            else:
+                _row_dot(1, a[3] + 4 * K * n, a[4] + 2 * K * n, K, a[5], a[7] + 4 * n)
+            if biased:
+                y[n] += bias[n]
         first = _take(block) * CHUNK
 
 
@@ -265,14 +328,17 @@ def gemv_shared(block: Any) -> None:
         for n in range(first, min(first + CHUNK, N), SHARED):
             for line in range(0, SHARED * K, 16):
                 _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
-            sum0 = sum1 = sum2 = sum3 = np.float32(0)
-            for k in range(K):
-                number = x[columns[n, k]]
-                sum0 += values[n, k] * number
-                sum1 += values[n + 1, k] * number
-                sum2 += values[n + 2, k] * number
-                sum3 += values[n + 3, k] * number
-            y[n], y[n + 1], y[n + 2], y[n + 3] = sum0, sum1, sum2, sum3
+            if GATHERS:
+                sum0 = sum1 = sum2 = sum3 = np.float32(0)
+                for k in range(K):
+                    number = x[columns[n, k]]
+                    sum0 += values[n, k] * number
+                    sum1 += values[n + 1, k] * number
+                    sum2 += values[n + 2, k] * number
+                    sum3 += values[n + 3, k] * number
+                y[n], y[n + 1], y[n + 2], y[n + 3] = sum0, sum1, sum2, sum3
+            else:
+                _row_dot(SHARED, a[3] + 4 * K * n, a[4] + 2 * K * n, K, a[5], a[7] + 4 * n)
             if a[6] != 0:
                 for i in range(n, n + SHARED):
                     y[i] += bias[i]
