@@ -58,6 +58,14 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
 
 
+def _bring(builder: Any, address: Any, write: int = 0) -> None:
+    """Start to bring the cache line at an address, which may lie outside the process, to read (0) or to write (1)."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(prefetch, [builder.inttoptr(address, byte), I32(write), I32(3), I32(1)])
+
+
 @intrinsic
 def _pointer(typing: Any, address: Any, kind: Any) -> Any:
     """An integer address as a typed pointer, for `carray`."""
@@ -81,13 +89,10 @@ def _take(typing: Any, block: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _prefetch(typing: Any, address: Any, write: Any) -> Any:
-    """Start to bring the cache line at an address, which may lie outside the process, to read (0) or to write (1)."""
+    """`_bring` for the kernels."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(prefetch, [builder.inttoptr(args[0], byte), I32(write.literal_value), I32(3), I32(1)])
+        _bring(builder, args[0], write.literal_value)
         return context.get_dummy_value()
 
     return types.void(address, write), generate
@@ -178,11 +183,11 @@ def _row_dot(typing: Any, rows: Any, values: Any, columns: Any, count: Any, x: A
 
         def side(k: Any, totals: Any) -> None:
             numbers = ir.Constant(lane, ir.Undefined)
-            for j in range(0, SIDE, 4):  # one load brings four columns
-                place = builder.bitcast(_at(builder, columns, I16, builder.add(k, I64(j))), I64.as_pointer())
-                four = builder.load(place, align=2)
-                for u in range(4):
-                    column = builder.trunc(builder.lshr(four, I64(16 * u)), I16)
+            for j in range(0, SIDE, 2):  # one load brings two columns
+                place = builder.bitcast(_at(builder, columns, I16, builder.add(k, I64(j))), I32.as_pointer())
+                two = builder.load(place, align=2)
+                for u in range(2):
+                    column = builder.trunc(builder.lshr(two, I32(16 * u)), I16)
                     numbers = builder.insert_element(numbers, number(column), I32(j + u))
             add(k, numbers, totals, lambda at: builder.load(_vector_at(builder, values, SIDE, at), align=4))
 
@@ -191,6 +196,11 @@ def _row_dot(typing: Any, rows: Any, values: Any, columns: Any, count: Any, x: A
             width = I64(SIDE * together)
             end = builder.sub(count, builder.urem(count, width))
             with cgutils.for_range_slice(builder, done, end, width, I64) as (k, _):
+                if together == 2:  # the values of one cache line
+                    for r in range(shared):
+                        place = builder.add(k, builder.mul(count, I64(r)))
+                        _bring(builder, builder.add(builder.mul(place, I64(4)), builder.add(values, I64(AHEAD))))
+                    _bring(builder, builder.add(builder.mul(k, I64(2)), builder.add(columns, I64(AHEAD // 2))))
                 for part in range(together):
                     side(builder.add(k, I64(SIDE * part)), sums[part])
             done = end
@@ -298,11 +308,11 @@ def gemv(block: Any) -> None:
     first = _take(block) * CHUNK
     while first < N:
         for n in range(first, min(first + CHUNK, N)):
-            for line in range(0, K, 16):
-                _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
-            for line in range(0, K, 32):
-                _prefetch(a[4] + 2 * (K * n + line) + AHEAD // 2, 0)
             if GATHERS:
+                for line in range(0, K, 16):
+                    _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
+                for line in range(0, K, 32):
+                    _prefetch(a[4] + 2 * (K * n + line) + AHEAD // 2, 0)
                 total = np.float32(0)
                 for k in range(K):
                     total += values[n, k] * x[columns[n, k]]
@@ -326,9 +336,9 @@ def gemv_shared(block: Any) -> None:
     first = _take(block) * CHUNK
     while first < N:
         for n in range(first, min(first + CHUNK, N), SHARED):
-            for line in range(0, SHARED * K, 16):
-                _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
             if GATHERS:
+                for line in range(0, SHARED * K, 16):
+                    _prefetch(a[3] + 4 * (K * n + line) + AHEAD, 0)
                 sum0 = sum1 = sum2 = sum3 = np.float32(0)
                 for k in range(K):
                     number = x[columns[n, k]]
