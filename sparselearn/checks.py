@@ -1,8 +1,9 @@
-"""Checks of tensors, read from the device one by one or all at once."""
+"""Checks of tensors, read from the device one by one or many at once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,50 +12,71 @@ from torch import Tensor
 from sparselearn.errors import SparsityError
 
 Tell = Callable[[], None]
-_waiting: ContextVar[list[tuple[Tensor, Tell]] | None] = ContextVar("waiting", default=None)
+MOST = 2**26  # bytes that checks may keep alive before they are read
 
 
-def check(bad: Tensor, tell: Tell) -> None:
-    """Call `tell`, which may raise, where the one-element `bad` is true: at once, or at the end of `together`."""
+@dataclass
+class _Waiting:
+    """Checks that are not read yet, in their order, and the bytes that they keep alive."""
+
+    checks: list[tuple[Tensor, Tell]] = field(default_factory=list)
+    held: int = 0
+
+    def read(self) -> None:
+        """Wait for each device once, then call what has something to tell."""
+        checks, self.checks, self.held = self.checks, [], 0
+        found: dict[int, bool] = {}
+        for device in {bad.device for bad, _ in checks}:
+            here = [i for i, (bad, _) in enumerate(checks) if bad.device == device]
+            found |= dict(zip(here, torch.stack([checks[i][0] for i in here]).tolist(), strict=True))
+        for i, (_, tell) in enumerate(checks):
+            if found[i]:
+                tell()
+
+
+_waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
+
+
+def check(bad: Tensor, tell: Tell, held: int = 0) -> None:
+    """Call `tell`, which may raise, where the one-element `bad` is true: at once, or later within `together`.
+
+    `held`: bytes that `tell` keeps alive until then.
+    """
     waiting = _waiting.get()
-    if waiting is not None:
-        waiting.append((bad, tell))
-    elif bool(bad):
-        tell()
+    if waiting is None:
+        if bool(bad):
+            tell()
+        return
+    waiting.checks.append((bad, tell))
+    waiting.held += held
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Checks within it are read at its end, in their order.
+    """Checks within it are read at its end, or earlier between two of `located`, where they keep much memory alive.
 
     To read a value the host waits until the device has done all that it was given. A few reads for every layer in
-    every step leave a GPU idle between its kernels; one for all layers does not.
+    every step leave a GPU idle between its kernels; one for many layers does not.
     """
-    waiting: list[tuple[Tensor, Tell]] = []
+    waiting = _Waiting()
     token = _waiting.set(waiting)
     try:
         yield
     finally:
         _waiting.reset(token)
-    found: dict[int, bool] = {}
-    for device in {bad.device for bad, _ in waiting}:
-        here = [i for i, (bad, _) in enumerate(waiting) if bad.device == device]
-        found |= dict(zip(here, torch.stack([waiting[i][0] for i in here]).tolist(), strict=True))
-    for i, (_, tell) in enumerate(waiting):
-        if found[i]:
-            tell()
+    waiting.read()
 
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Errors of what is done and checked within it begin with `where`."""
-    waiting = _waiting.get()
-    if waiting is None:
-        waiting = []
-    first = len(waiting)
+    waiting = _waiting.get() or _Waiting()
+    first = len(waiting.checks)
     with _prefixed(where):
         yield
-    waiting[first:] = [(bad, partial(_tell, where, tell)) for bad, tell in waiting[first:]]
+    waiting.checks[first:] = [(bad, partial(_tell, where, tell)) for bad, tell in waiting.checks[first:]]
+    if waiting.held > MOST:
+        waiting.read()
 
 
 @contextmanager

@@ -30,6 +30,18 @@ def test_a_check_tells_at_once_or_at_the_end_in_order():
     checks.check(torch.tensor(False), lambda: refuse("never"))  # the block is over
 
 
+def test_checks_that_keep_much_memory_alive_are_read_between_two_places():
+    def two_places():
+        with checks.located("layer a"):
+            checks.check(torch.tensor(True), lambda: refuse("wrong"), checks.MOST + 1)
+        reached.append("layer b")
+
+    reached = []
+    with pytest.raises(SparsityError, match=r"^layer a: wrong$"), checks.together():
+        two_places()
+    assert reached == []
+
+
 def test_errors_within_a_place_name_it():
     with pytest.raises(SparsityError, match=r"^layer a: wrong$"), checks.located("layer a"):
         refuse("wrong")
