@@ -1,6 +1,7 @@
 """A grid of runs of one recipe: finished cells are kept, interrupted ones go on, and a table and a picture come out."""
 
 import csv
+import hashlib
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ from sparselearn.recipes.train import train, write
 
 MEASURES = ["test_accuracy", "test_loss", "sparsity", "nnz", "training_flops", "seconds"]
 PICTURED = ["test_accuracy", "test_loss", "training_flops"]
+LONGEST = 200  # bytes of a folder's name; file systems allow 255
 OF_SPARSITY = ("variant", "sparsity", "distribution", "select", "exclude", "overrides", "init", "density_scaling")
 
 
@@ -49,8 +51,10 @@ def cells(grid: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def folder_of(out: Path, cell: dict[str, str]) -> Path:
-    """The cell's own folder, named by its values."""
+    """The cell's own folder, named by its values; a name that file systems would refuse ends in a digest of them."""
     name = ",".join(f"{key}={value}" for key, value in cell.items()).replace("/", "_")
+    if len(whole := name.encode()) > LONGEST:
+        name = whole[: LONGEST - 17].decode(errors="ignore") + "-" + hashlib.sha256(whole).hexdigest()[:16]
     return out / (name or "run")
 
 
@@ -123,7 +127,7 @@ def _state(folder: Path, config: Config) -> str:
 def _in_process(source: str, run: _Run, threads: str) -> None:
     command = [sys.executable, "-m", "sparselearn.cli", "train", source, *[f"{k}={v}" for k, v in run.cell.items()]]
     command += ["--out", str(run.folder), "--quiet", *(["--resume"] if run.state == "started" else [])]
-    print(f"== {run.folder.name}", flush=True)
+    print(f"== {run.folder.name}\n", end="", flush=True)  # in one piece: other threads print, too
     done = subprocess.run(
         command, check=False, env={**os.environ, "OMP_NUM_THREADS": threads}, stderr=subprocess.PIPE, text=True
     )

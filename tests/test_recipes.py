@@ -269,6 +269,18 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
     assert trained == ["variant=static,max_steps=50"]
 
 
+def test_long_names_of_cells_are_cut_and_stay_apart(tmp_path):
+    from sparselearn.recipes import sweep as sweeping
+
+    cells = [{"exclude": "ä" * 150, "seed": str(seed)} for seed in (0, 1)]
+    folders = [sweeping.folder_of(tmp_path, cell) for cell in cells]
+    assert folders[0] != folders[1]
+    for folder in folders:
+        folder.mkdir()
+        assert len(folder.name.encode()) <= sweeping.LONGEST
+    assert sweeping.folder_of(tmp_path, {"a": "b/c"}).name == "a=b_c"
+
+
 def test_a_wrong_cell_stops_a_sweep_before_it_trains(tmp_path, monkeypatch):
     trained = counting(monkeypatch)
     with pytest.raises(SparsityError, match="has no variant `rgl`"):
