@@ -149,8 +149,9 @@ def _write(results: list[dict[str, Any]], source: str, grid: dict[str, list[str]
     varied = [key for key, values in grid.items() if len(values) > 1 and key != "seed"] or ["variant"]
     groups = table.group(rows, varied)
     command = "sparselearn sweep " + shlex.join([source, *(f"{k}={','.join(v)}" for k, v in grid.items())])
+    steps = " or ".join(map(str, sorted({int(row["steps"]) for row in results})))
     caption = (
-        f"Mean ± standard deviation over n seeds; {results[0]['recipe']}, {results[0]['steps']} optimizer steps, "
+        f"Mean ± standard deviation over n seeds; {results[0]['recipe']}, {steps} optimizer steps, "
         f"{table.made_with(rows)}.\n\n    {command}"
     )
     lines_of_text = table.markdown(groups, varied, [m for m in MEASURES if m not in varied])

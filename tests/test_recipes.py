@@ -255,6 +255,7 @@ def test_a_sweep_never_repeats_a_finished_run(tmp_path, monkeypatch):
     assert f"| dense | 2 | {spread} |" in lines[2]
     assert f" | {statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f} | 89.998" in lines[3]
     assert lines[-2:] == ["", "    sparselearn sweep digits variant=dense,static seed=0,1 max_steps=50"]
+    assert "digits, 50 optimizer steps, " in lines[-3]
     assert f"commit {rows[0]['commit']}" in lines[-3] or rows[0]["hardware"] in lines[-4]
 
 
@@ -267,6 +268,11 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
     trained = counting(monkeypatch)
     assert len(sweep("digits", grid, tmp_path, progress=False)) == 2
     assert trained == ["variant=static,max_steps=50"]
+
+
+def test_a_sweep_over_lengths_names_them_all(tmp_path):
+    sweep("digits", {"variant": ["static"], "max_steps": ["60", "50"]}, tmp_path, progress=False)
+    assert "digits, 50 or 60 optimizer steps, " in (tmp_path / "results.md").read_text()
 
 
 def test_long_names_of_cells_are_cut_and_stay_apart(tmp_path):
