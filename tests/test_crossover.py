@@ -41,9 +41,10 @@ def test_tf32_is_measured_and_asked_for_by_itself(folder):
     mask[:, :12] = True
     layer.weight.data.masked_fill_(~mask, 0)
     layer = GroupedFanInLinear.from_dense(layer, mask, 16)
-    crossover.table().seconds[layer._case(torch.float32, False, 256)] = {"dense": 3.0, "sparse": 2.0}
-    before = torch.backends.cuda.matmul.fp32_precision
-    assert crossover.choose(*layer._case(torch.float32, False, 256)) == "sparse"
+    before = torch.backends.cuda.matmul.fp32_precision  # tests of commands may have left any
+    with crossover.products_of("float32"):
+        crossover.table().seconds[layer._case(torch.float32, False, 256)] = {"dense": 3.0, "sparse": 2.0}
+        assert crossover.choose(*layer._case(torch.float32, False, 256)) == "sparse"
     with crossover.products_of("tf32"):
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         assert crossover.dtype_name(torch.float32) == "tf32"

@@ -21,6 +21,7 @@ FOLDERS = {"sparselearn": "sparselearn", "sparselearn.kernels": "kernels", "spar
 # "sparselearn" itself, the package's front door, stands on the core and under the edge.
 LAYERS = [
     ["errors"],
+    ["checks"],
     ["kernels"],
     ["schedules", "structures", "criteria", "distributions"],
     ["methods"],
