@@ -109,7 +109,7 @@ states, masks = [t.example(value)[0] for value in (1.0, 2.0)], t.example()[1]
 save(states[0], target, masks=masks, max_shard_bytes=60)
 start = time.perf_counter()
 save(states[0], target, masks=masks, max_shard_bytes=60)
-once = time.perf_counter() - start
+longest = 3 * (time.perf_counter() - start)
 generator, seen, halfway = random.Random(0), set(), 0
 for _ in range(rounds):
     child = os.fork()
@@ -117,13 +117,15 @@ for _ in range(rounds):
         while True:
             for state in states:
                 save(state, target, masks=masks, max_shard_bytes=60)
-    time.sleep(generator.uniform(0, 3 * once))
+    time.sleep(generator.uniform(0, longest))
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     halfway += (target / ".saving").exists()
     found = load_state_dict(target)
     (which,) = [i for i, state in enumerate(states) if all(torch.equal(found[n], state[n]) for n in state)]
     seen.add(which)
+    if len(seen) < 2:
+        longest *= 1.2  # a forked process on a busy machine may be far slower than this one was
 assert seen == {0, 1} and halfway > rounds // 4, (seen, halfway)
 """
 
