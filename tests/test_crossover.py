@@ -242,3 +242,14 @@ def test_float32_kernels_have_no_stages_that_triton_compiles_wrongly(folder, gro
         default = launch.forward_blocks(torch.empty(2, group, 37), tokens)
         assert max(blocks.stages for blocks in [default, *crossover_measure.candidates(case, "forward")]) <= 4
     assert launch.forward_blocks(torch.empty(2, group, 37, dtype=torch.bfloat16), 16).stages == 5
+
+
+def test_the_name_of_a_dtype_and_the_way_are_constants_of_a_whole_graph(folder):
+    def way_of(x):
+        way = crossover.choose(*CASE._replace(dtype=crossover.dtype_name(x.dtype)))
+        return x * {"dense": 2, "sparse": 3}[way]
+
+    crossover.table().seconds[CASE._replace(dtype="float16")] = {"dense": 3.0, "sparse": 2.0}
+    compiled = torch.compile(way_of, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [2, 2]
+    assert compiled(torch.ones(2, dtype=torch.float16)).tolist() == [3, 3]
