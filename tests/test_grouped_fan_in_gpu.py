@@ -9,6 +9,7 @@ import csv
 import functools
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -290,9 +291,14 @@ def test_a_small_step_is_compared(monkeypatch):
     works = bench_step.works_step(0.9, (small,))
     monkeypatch.setattr(bench_step, "choose", lambda *case: "collected" if case[0] > case[1] else "sparse")
     rows = [row for work in itertools.islice(works, 2) for row in work()]
-    assert [row.method for row in rows] == ["dense, compiled", "dense, compiled", "sparse, compiled"]
-    assert "peak" in rows[2].detail
-    assert rows[2].detail.endswith("; qkv=collected out=sparse up=collected down=sparse")
+    names = [f"{of}, {how}" for how in ("compiled", "CUDA graph") for of in ("dense", "sparse")]
+    assert [row.method for row in rows] == ["dense, compiled", "dense, CUDA graph", *names]
+    assert "peak" in rows[3].detail
+    assert rows[3].detail.endswith("; qkv=collected out=sparse up=collected down=sparse")
+    for row in (rows[1], rows[5]):
+        kinds = dict(re.findall(r"(\w+) (\d+\.\d+)(?:,| ms)", row.detail))
+        assert kinds.keys() == {"products", "layouts", "optimizer", "attention", "other"}
+        assert 0 < row.seconds < 0.1
 
 
 @contextlib.contextmanager
@@ -469,6 +475,31 @@ def test_compiled_graphs_agree(way):
     y, expected = compiled(x), dense(x)
     near(y, expected, torch.float16)
     near(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0], torch.float16)
+
+
+def test_a_compiled_layer_takes_the_way_of_the_products_that_torch_forms(monkeypatch):
+    """float32 and TF32 have entries of their own in the table, and other kernels."""
+    from sparselearn.kernels.grouped_fan_in import launch
+
+    dense, model = sparse_mlp(None, torch.float32)
+    x = torch.randn(256, 256, device="cuda")
+    with crossover.products_of("tf32"):
+        for layer in (model.up, model.down):
+            crossover.table().seconds[layer._case(torch.float32, True, 256)] = {"dense": 3.0, "sparse": 2.0}
+    seen = []
+    real = launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *args, **kwargs: seen.append(1) or real(*args, **kwargs))
+    for name, calls, least, most in (("float32", 0, 0, 1e-5), ("tf32", 2, 1e-5, 5e-3)):
+        torch._dynamo.reset()
+        seen.clear()
+        with crossover.products_of("float32"):
+            expected = dense.double()(x.double())
+            dense.float()
+        with crossover.products_of(name):
+            y = torch.compile(model, fullgraph=True)(x)
+        error = float((y.double() - expected).abs().max() / expected.abs().max())
+        assert least <= error < most
+        assert len(seen) == calls
 
 
 def test_hidden_activations_stay_by_feature():

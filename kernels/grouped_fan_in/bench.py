@@ -8,8 +8,8 @@ Times are CUDA-graph replays, medians of 5 rounds, with enough copies of the wei
 and not from the L2 cache. CSR, and what cannot be captured, is timed with events and marked so. The fan-in is rounded
 down to a multiple of 64, or 32 below 4096 inputs. Block sizes are tuned first; the table of the best is printed. Every
 row is checked against float64 before it is timed, and written at once, the most important of a section first; a section
-that is out of time is cut off. `speedup` is dense time / time for the same work. The section "candidates" lists every
-block size by itself.
+that is out of time is cut off. `speedup` is dense time / time for the same work, by the dense row above. The section
+"candidates" lists every block size by itself.
 """
 
 import argparse
@@ -86,6 +86,8 @@ class Run:
                 continue
             dense = next(row.seconds for row in rows if row.method.startswith("dense"))
             for row in rows:
+                if row.method.startswith("dense"):
+                    dense = row.seconds
                 self._write(section, row, dense)
             self.file.flush()
         print(f"`{section}` took {time.monotonic() - begin:.0f} s", flush=True)

@@ -5,6 +5,7 @@ measured to be its fastest: dense, sparse, or with the gradient of the input col
 """
 
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -108,12 +109,29 @@ class Gpt(nn.Module):
         return loss
 
 
-def step_seconds(model: nn.Module, size: Size, steps: int = 10) -> tuple[float, float, int]:
-    """Seconds of a training step, of the host to start one, and peak memory in bytes (parameters and optimizer, too).
+KINDS = {
+    "attention": "sdpa|flash_fwd|flash_bwd|fmha",
+    "products": "nvjet|gemm|cutlass|splitK|forward_kernel|weight_gradient_kernel|partial_kernel|collect_kernel",
+    "sparse layouts": "densify_kernel|places_kernel|feature_major_kernel",
+    "optimizer": "multi_tensor_apply",
+}
+"""Kinds of kernels by their names; the first that fits. All that is left is "other"."""
 
-    Where the host takes as long as the step, the GPU waits for it, and a CUDA graph would make the step faster.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+class Step(NamedTuple):
+    """Seconds of a training step: called from the host, as a CUDA graph, of the host alone, of each kind of kernel."""
+
+    called: float
+    replayed: float
+    host: float
+    peak: int
+    """Bytes, with parameters and optimizer; called from the host."""
+    kinds: dict[str, float]
+
+
+def measure_step(model: nn.Module, size: Size, steps: int = 10) -> Step:
+    """Where the host takes as long as the step, the GPU waits for it; replayed it never does."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True, capturable=True)
     ids = torch.randint(size.vocabulary, (size.batch, size.length), device=DEVICE)
 
     def step() -> None:
@@ -127,19 +145,46 @@ def step_seconds(model: nn.Module, size: Size, steps: int = 10) -> tuple[float, 
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(steps):
-        step()
-    stop.record()
-    stop.synchronize()
+    called = _seconds(step, steps)
+    peak = torch.cuda.max_memory_allocated()
     host = []
     for _ in range(5):  # one at a time: a full queue would hold the host up
         begin = time.perf_counter()
         step()
         host.append(time.perf_counter() - begin)
         torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3 / steps, statistics.median(host), torch.cuda.max_memory_allocated()
+    kinds = _kinds(step)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    return Step(called, _seconds(graph.replay, steps), statistics.median(host), peak, kinds)
+
+
+def _seconds(call: Callable[[], None], times: int) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3 / times
+
+
+def _kinds(step: Callable[[], None]) -> dict[str, float]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        step()
+        torch.cuda.synchronize()
+    seconds = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "other")
+        seconds[kind] += event.self_device_time_total / 1e6
+    return seconds
 
 
 def works_step(sparsity: float = 0.9, sizes: tuple[Size, ...] = SIZES) -> Iterator[Work]:
@@ -152,7 +197,7 @@ def works_step(sparsity: float = 0.9, sizes: tuple[Size, ...] = SIZES) -> Iterat
 
 def _dense_rows(size: Size, into: list[Row]) -> list[Row]:
     case = Case(size.width, size.width, 1, size.width, "bfloat16", True, size.batch * size.length)
-    into.append(_row(case, "dense, compiled", size, lambda _, neurons, inputs: nn.Linear(inputs, neurons)))
+    into += _rows(case, "dense", size, lambda _, neurons, inputs: nn.Linear(inputs, neurons))
     return into
 
 
@@ -166,18 +211,26 @@ def _sparse_rows(size: Size, group: int, sparsity: float, dense: list[Row]) -> l
         return nn.Linear(inputs, neurons) if way == "dense" else Grouped(case, way == "collected", name == "up")
 
     case = make_case((size.width, size.width), tokens, group, sparsity, True)
-    row = _row(case, "sparse, compiled", size, make)
+    called, replayed = _rows(case, "sparse", size, make)
     ways = " ".join(f"{name}={way}" for name, way in taken.items())
-    return [*dense, row._replace(detail=f"{row.detail}; {ways}")]
+    return [dense[0], called._replace(detail=f"{called.detail}; {ways}"), dense[1], replayed]
 
 
-def _row(case: Case, name: str, size: Size, make: Make) -> Row:
+def _rows(case: Case, name: str, size: Size, make: Make) -> tuple[Row, Row]:
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = Gpt(size, make)
-    seconds, host, peak = step_seconds(model, size)
-    detail = f"whole step of GPT d={size.width} x{size.layers}; host {host * 1e3:.1f} ms; peak {peak / 2**30:.2f} GiB"
-    return Row(case, name, seconds, detail)
+    step, whole = measure_step(model, size), f"whole step of GPT d={size.width} x{size.layers}"
+    kinds = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in step.kinds.items())
+    return (
+        Row(
+            case,
+            f"{name}, compiled",
+            step.called,
+            f"{whole}; host {step.host * 1e3:.1f} ms; peak {step.peak / 2**30:.2f} GiB",
+        ),
+        Row(case, f"{name}, CUDA graph", step.replayed, f"{whole}; kernels: {kinds} ms"),
+    )
