@@ -3,10 +3,11 @@
     python -m sparselearn.recipes.bench_overhead --device cuda --out kernels/results/overhead-h100.csv
 
 Times whole steps (forward, backward, optimizer) of ResNet-18 (SGD) and ViT-S/16 (AdamW) on images of 224 x 224, and of
-small versions for 32 x 32, which on a GPU wait for Python rather than for the device. Dense, static and RigL steps
-alternate in short blocks, so that drift of the clock hits all alike; the figure is the median over rounds of sparse /
-dense time. RigL's figure includes its mask updates, one in 100 steps; the first, which compiles kernels on a GPU, comes
-before the clock starts. Blocks that are no multiple of 100 steps hold more or fewer updates than that.
+small versions for 32 x 32, which on a GPU wait for Python rather than for the device. Steps that are dense, static, of
+RigL (90 %) and of SR-STE (2:4, masks chosen in every step) alternate in short blocks, so that drift of the clock hits
+all alike; the figure is the median over rounds of sparse / dense time. RigL's figure includes its mask updates, one in
+100 steps; the first, which compiles kernels on a GPU, comes before the clock starts. Blocks that are no multiple of 100
+steps hold more or fewer updates than that.
 """
 
 import argparse
@@ -49,7 +50,10 @@ def vit(image: int) -> nn.Module:
 
 
 def make_step(
-    build: Callable[[], nn.Module], method: sl.DropGrow | None, batch: tuple[Tensor, Tensor], optimizer: str
+    build: Callable[[], nn.Module],
+    method: sl.DropGrow | sl.StraightThrough | None,
+    batch: tuple[Tensor, Tensor],
+    optimizer: str,
 ) -> Callable[[], None]:
     """A function that takes one training step on this batch."""
     images, labels = batch
@@ -64,7 +68,12 @@ def make_step(
     else:
         base = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type == "cuda")
     if method is not None:
-        base = sl.SparseOptimizer(base, sl.Sparsifier(model, method, sparsity=0.9))
+        two_of_four = isinstance(method, sl.StraightThrough)
+        first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))  # of 3 channels
+        base = sl.SparseOptimizer(
+            base,
+            sl.Sparsifier(model, method, sparsity=0.5 if two_of_four else 0.9, exclude=[first] if two_of_four else ()),
+        )
 
     def step() -> None:
         base.zero_grad()
@@ -95,7 +104,12 @@ def compare(
     build, optimizer = (resnet18, "sgd") if name == "resnet18" else (vit, "adamw")
     images = torch.randn(batch_size, 3, image, image, device=device)
     batch = (images, torch.randint(10, (batch_size,), device=device))
-    methods = {"dense": None, "static": sl.static(), "rigl": sl.rigl(stop=10**9, every=EVERY)}
+    methods = {
+        "dense": None,
+        "static": sl.static(),
+        "rigl": sl.rigl(stop=10**9, every=EVERY),
+        "sr_ste": sl.sr_ste(sl.NM(2, 4)),
+    }
     steps = {key: make_step(partial(build, image), method, batch, optimizer) for key, method in methods.items()}
     for step in steps.values():
         timed(step, EVERY + 1 if device.type == "cuda" else 3, device)
@@ -104,7 +118,7 @@ def compare(
         for key, step in steps.items():
             times[key].append(timed(step, block, device))
     rows: list[dict[str, object]] = []
-    for key in ("static", "rigl"):
+    for key in [*methods][1:]:
         ratios = [sparse / dense for sparse, dense in zip(times[key], times["dense"], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
         rows.append(

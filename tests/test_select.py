@@ -230,7 +230,7 @@ def test_the_kernels_compile_without_spilling(target):
     tl = pytest.importorskip("triton.language", reason="triton is not installed")
     from triton_compile import compile_for, resources
 
-    from sparselearn.kernels.select import launch, triton_search
+    from sparselearn.kernels.select import launch, triton_lines, triton_search
     from sparselearn.kernels.select import triton_kernels as kernels
 
     layout = {"W": tl.float32, "LOW": 0, "STRIDED": False}
@@ -250,6 +250,10 @@ def test_the_kernels_compile_without_spilling(target):
         (kernels.apply_kernel, [*["i32"] * 3, "i64", "i32", "i32"],
          passes | {"EXCLUDE": False, "REINIT": False, "STATES": 2, "S": tl.float32}, launch.WARPS),
     ]  # fmt: skip
+    for k, m in ((2, 4), (4, 16)):
+        constants = {"K": k, "M": m, "BLOCK": triton_lines.BLOCK}
+        compiled = compile_for(triton_lines.lines_kernel, ["fp32", "i1"], constants, target)
+        assert resources(compiled, target)[1:] == (0, 0)
     for kernel, types, constants, warps in cases:
         compiled = compile_for(kernel, ["i64", *types], constants, target, warps=warps)
         _, spilled, shared = resources(compiled, target)

@@ -16,8 +16,9 @@ if DEVICE == "cpu":
 
 import torch
 
-from sparselearn.kernels.select import Item, launch, reference
+from sparselearn.kernels.select import Item, launch, reference, triton_lines
 from sparselearn.kernels.select import triton_search as kernels
+from sparselearn.structures.base import highest
 
 SMALL = {"block": 128, "steps": 2, "warps": 1, "sample": 64}  # several programs for each layer
 TINY = torch.finfo(torch.float32).smallest_normal
@@ -138,6 +139,29 @@ def check_misled():
     check([x], "misled")
 
 
+def check_lines():
+    """Against the formula on the CPU; the mask lies in memory as the score does, and nothing is written beside it."""
+    g = torch.Generator().manual_seed(7)
+    views = {
+        "rows": lambda x: x.unflatten(1, (-1, 4)),
+        "columns": lambda x: x.unflatten(0, (-1, 4)).movedim(1, -1),
+        "input channels": lambda x: x.view(-1, 8, 3, 3).movedim(1, -1).unflatten(-1, (-1, 4)),
+        "with gaps": lambda x: x[:, :-1].unflatten(1, (-1, 5)),
+        "single numbers": lambda x: x.unsqueeze(-1),
+        "one line": lambda x: x.flatten()[:16],
+    }
+    for i, (name, view) in enumerate(views.items()):
+        for kind in (
+            ("normal", "equal", "few values", "infinities") if i == 2 or "--quick" not in sys.argv else KINDS[:1]
+        ):
+            dtype = (torch.float32, torch.bfloat16, torch.float64)[i % 3]
+            score = view(scores(kind, (72, 36), dtype, g))
+            for k in {1, min(2, score.shape[-1]), score.shape[-1]}:
+                mask = triton_lines.highest(score.to(DEVICE), k).cpu()
+                assert torch.equal(mask, highest(score, k)), f"{name} {kind} {k}"
+                assert name == "with gaps" or mask.stride() == score.stride(), name
+
+
 def check_all():
     g = torch.Generator().manual_seed(1)
     pairs = [*zip(KINDS, KINDS[3:] + KINDS[:3], strict=True)]
@@ -165,6 +189,7 @@ def check_all():
 if __name__ == "__main__":
     check_refused()
     check_misled()
+    check_lines()
     assert ("wrong guess", "some ties", "inside") in WAYS
     check_all()
     seen = {way[:2] for way in WAYS}

@@ -8,9 +8,13 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 
+from torch import Tensor
+
 from sparselearn.kernels.select.reference import Item, Masks, Updated
 
-__all__ = ["Item", "Masks", "Updated", "fits", "update"]
+__all__ = ["LONGEST", "Item", "Masks", "Updated", "fits", "highest_of_lines", "update"]
+
+LONGEST = 16  # numbers of a line that is called short
 
 
 @cache
@@ -25,6 +29,19 @@ def fits(item: Item) -> bool:
     from sparselearn.kernels.select import launch
 
     return launch.fits(item)
+
+
+def highest_of_lines(score: Tensor, k: int) -> Tensor | None:
+    """Bool mask of the k highest along the last dimension, in every line by itself, ties to the lower index.
+
+    None where the kernel cannot take it: elsewhere than on a CUDA device with triton, or lines longer than LONGEST.
+    """
+    short = score.shape[-1] <= LONGEST and 0 < score.numel() < 2**31 - 2**10
+    if not score.is_cuda or not short or not _has_triton():
+        return None
+    from sparselearn.kernels.select import triton_lines
+
+    return triton_lines.highest(score, k)
 
 
 def _at_once(items: Sequence[Item], exclude_dropped: bool, reinit: bool) -> Updated | None:

@@ -83,7 +83,8 @@ class NM(FixedCount):
             require(self, group, n, "group")
             mask = highest(group, n, keep_group) if group.numel() else torch.zeros_like(group, dtype=torch.bool)
             parts.append(mask.reshape(*score.movedim(self.dim, -1).shape[:-1], -1))
-        return torch.cat(parts, -1).movedim(-1, self.dim).contiguous()
+        line = torch.cat(parts, -1) if parts[1].numel() else parts[0]
+        return line.movedim(-1, self.dim).contiguous()
 
     def _wrong(self, mask: Tensor) -> str | None:
         if all(bool((group.sum(-1) == n).all()) for group, n in self._parts(mask)):
