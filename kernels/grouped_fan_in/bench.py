@@ -321,7 +321,7 @@ def works(section: str) -> Iterator[Work]:
             for group in (16, 32, 64):
                 yield partial(rows_peers, make_case(LARGE[0], tokens, group, 0.9))
     elif section == "dtypes":
-        for dtype in ("float16", "float32", "tf32"):
+        for dtype in ("tf32", "float16", "float32"):
             for group in (16, 32, 64):
                 case = make_case(LARGE[0], 4096, group, 0.9, dtype=dtype)
                 yield crossover.products_of(dtype)(partial(rows_forward, case, detailed=False))
@@ -333,7 +333,7 @@ def first_cases(section: str) -> list[Case]:
     if section in ("peers", "gemv"):
         return []
     if section == "dtypes":
-        return [make_case(layer, 4096, g, 0.9, dtype=dtype) for dtype in ("float16", "float32", "tf32") for g in groups]
+        return [make_case(layer, 4096, g, 0.9, dtype=dtype) for dtype in ("tf32", "float16", "float32") for g in groups]
     found = [make_case(layer, 4096, group, 0.9, True) for group in groups]
     if section == "vit":  # a fan-in that is no multiple of 64
         found += [make_case(VIT[1], 12544, group, 0.9, True) for group in (32, 64)]
