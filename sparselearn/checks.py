@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparselearn.errors import SparsityError
 
+Bad = Callable[[float], bool]
 Tell = Callable[[], None]
 MOST = 2**26  # bytes that checks may keep alive before they are read
 
@@ -19,35 +20,35 @@ MOST = 2**26  # bytes that checks may keep alive before they are read
 class _Waiting:
     """Checks that are not read yet, in their order, and the bytes that they keep alive."""
 
-    checks: list[tuple[Tensor, Tell]] = field(default_factory=list)
+    checks: list[tuple[Tensor, Bad, Tell]] = field(default_factory=list)
     held: int = 0
 
     def read(self) -> None:
-        """Wait for each device once, then call what has something to tell."""
+        """Wait once for each device and dtype, then call what has something to tell."""
         checks, self.checks, self.held = self.checks, [], 0
-        found: dict[int, bool] = {}
-        for device in {bad.device for bad, _ in checks}:
-            here = [i for i, (bad, _) in enumerate(checks) if bad.device == device]
+        found: dict[int, float] = {}
+        for kind in {(value.device, value.dtype) for value, *_ in checks}:
+            here = [i for i, (value, *_) in enumerate(checks) if (value.device, value.dtype) == kind]
             found |= dict(zip(here, torch.stack([checks[i][0] for i in here]).tolist(), strict=True))
-        for i, (_, tell) in enumerate(checks):
-            if found[i]:
+        for i, (_, bad, tell) in enumerate(checks):
+            if bad(found[i]):
                 tell()
 
 
 _waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
 
 
-def check(bad: Tensor, tell: Tell, held: int = 0) -> None:
-    """Call `tell`, which may raise, where the one-element `bad` is true: at once, or later within `together`.
+def check(value: Tensor, bad: Bad, tell: Tell, held: int = 0) -> None:
+    """Call `tell`, which may raise, where the number in `value` is `bad`: at once, or later within `together`.
 
     `held`: bytes that `tell` keeps alive until then.
     """
     waiting = _waiting.get()
     if waiting is None:
-        if bool(bad):
+        if bad(value.item()):
             tell()
         return
-    waiting.checks.append((bad, tell))
+    waiting.checks.append((value, bad, tell))
     waiting.held += held
 
 
@@ -74,7 +75,7 @@ def located(where: str) -> Iterator[None]:
     first = len(waiting.checks)
     with _prefixed(where):
         yield
-    waiting.checks[first:] = [(bad, partial(_tell, where, tell)) for bad, tell in waiting.checks[first:]]
+    waiting.checks[first:] = [(value, bad, partial(_tell, where, tell)) for value, bad, tell in waiting.checks[first:]]
     if waiting.held > MOST:
         waiting.read()
 

@@ -364,7 +364,8 @@ def check_score(score: Tensor, layer: Layer, role: str) -> Tensor:
             f"The {role} criterion returned a score of shape {list(score.shape)} for `{layer.name}`; "
             f"it must have the weight's shape {list(layer.weight.shape)}."
         )
-    check(torch.isnan(score).any(), partial(_refuse_nan, layer.name, layer.step, role))
+    if score.numel():
+        check(score.min(), math.isnan, partial(_refuse_nan, layer.name, layer.step, role))  # NaN, where there is one
     return score
 
 

@@ -1,6 +1,6 @@
 """Straight-through methods in the engine: dense weights during the optimizer's step, forward weights at other times."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,27 @@ def refresh(method: StraightThrough, layer: LayerState, view: Layer, nnz: int) -
     return changed
 
 
-def project(method: StraightThrough, weight: Tensor, view: Layer) -> None:
-    """Put the forward weights into the model."""
-    distributed.assign(weight, method.forward_weights(view))
+def enter(weights: Sequence[Tensor], layers: Sequence[LayerState]) -> None:
+    """Put the dense weights into the model."""
+    _copy(weights, [layer.dense for layer in layers])
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """In few launches for all layers: what starts them, not what they do, takes the time."""
+    if targets:
+        torch._foreach_copy_([distributed.local(t) for t in targets], [distributed.local(s) for s in sources])
+
+
+def project(
+    method: StraightThrough, weights: Sequence[Tensor], layers: Sequence[LayerState], view: Callable[[int], Layer]
+) -> None:
+    """Put the forward weights into the model; `view(i)` is what the method may look at for layer i."""
+    masked = [i for i, layer in enumerate(layers) if method.masks_alone(layer.step)]
+    enter([weights[i] for i in masked], [layers[i] for i in masked])
+    for i in masked:
+        distributed.local(weights[i]).masked_fill_(distributed.local(layers[i].inactive), 0)
+    for i in set(range(len(layers))).difference(masked):
+        distributed.assign(weights[i], method.forward_weights(view(i)))
 
 
 def adjust_gradient(
@@ -55,19 +73,24 @@ def adjust_gradient(
     dense = view.dense_grad()
     total = method.chained(view, dense) if fresh else dense
     if penalty and method.penalty is not None:
-        total = total + method.penalty(view._replace(grad=total))
+        addend = method.penalty(view._replace(grad=total))
+        total = grad.add_(addend) if total is grad else total + addend
     if method.backward is not None:
         total = total.masked_fill(~distributed.full(layer.memory[B]), 0)
     if total is not dense:
         distributed.assign(grad, total)
 
 
-def leave(layer: LayerState, weight: Tensor, slots: Mapping[str, Tensor]) -> None:
-    """Take the dense weights back from the model after a step; outside of B nothing has moved."""
-    dense, now = distributed.local(layer.dense), distributed.local(weight)
-    if B in layer.memory:
-        wider = distributed.local(layer.memory[B])
-        now = torch.where(wider, now, dense)
-        for slot in slots.values():
-            distributed.local(slot).masked_fill_(~wider, 0)
-    dense.copy_(now)
+def leave(
+    weights: Sequence[Tensor], layers: Sequence[LayerState], slots: Callable[[int], Mapping[str, Tensor]]
+) -> None:
+    """Take the dense weights back from the model after a step; outside of B nothing has moved, `slots(i)` either."""
+    for i, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
+        if B in layer.memory:
+            outside = ~distributed.local(layer.memory[B])
+            distributed.local(weight).copy_(
+                torch.where(outside, distributed.local(layer.dense), distributed.local(weight))
+            )
+            for slot in slots(i).values():
+                distributed.local(slot).masked_fill_(outside, 0)
+    _copy([layer.dense for layer in layers], weights)

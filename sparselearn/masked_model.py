@@ -1,6 +1,6 @@
 """MaskedModel: a model whose selected weights have masks; what may be done to it between steps, and how it is saved."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -111,7 +111,7 @@ class MaskedModel:
                 latent.refresh(self.method, layer, self._view(name, layer.dense, layer, None, {}), nnz[name])
                 if not restore:
                     scaling.rescale_initial(layer.dense, layer.mask, weight.fan_in_dims, init)
-                latent.project(self.method, parameter.data, self._view(name, layer.dense, layer, None, {}))
+                self._project([name])
                 continue
             mask = self._first_mask(name, weight, layer, nnz[name], score)
             layer.set_mask(distributed.place_like(mask, parameter), nnz[name])
@@ -175,6 +175,15 @@ class MaskedModel:
             support=None if layer.support is None else full(layer.support),
         )
 
+    def _project(self, names: Sequence[str]) -> None:
+        """Put the forward weights of a straight-through method into the model."""
+        assert isinstance(self.method, StraightThrough)
+        layers = [self.state.layers[name] for name in names]
+        weights = [self._weights[name].parameter.data for name in names]
+        latent.project(
+            self.method, weights, layers, lambda i: self._view(names[i], layers[i].dense, layers[i], None, {})
+        )
+
     # ---- changing masks and weights -----------------------------------------------------------------------
 
     def _move(
@@ -230,7 +239,7 @@ class MaskedModel:
             mask = mask.to(view.weight.device, copy=True)
             self._move(optimizers, view, mask, mask & view.mask)
             if isinstance(self.method, StraightThrough):
-                latent.project(self.method, parameter.data, self._view(name, layer.dense, layer, None, {}))
+                self._project([name])
         self._tell("after")
 
     @contextmanager
@@ -270,7 +279,7 @@ class MaskedModel:
         assert isinstance(self.method, StraightThrough)
         for name, weight, layer in self._layers():
             distributed.local(layer.dense).copy_(distributed.local(weight.parameter.data))
-            latent.project(self.method, weight.parameter.data, self._view(name, layer.dense, layer, None, {}))
+            self._project([name])
 
     @staticmethod
     def _slots(optimizer: Optimizer, weight: Weight) -> dict[str, Tensor]:
@@ -369,8 +378,7 @@ class MaskedModel:
         self.state.load_state_dict(dict(saved), {name: w.parameter.data for name, w in self._weights.items()})
         self._expected = {name: {k: row[k] for k in ("nonzero", "hidden")} for name, row in saved["layers"].items()}
         if isinstance(self.method, StraightThrough):
-            for name, weight, layer in self._layers():  # the masks are new, the dense weights are as they were
-                latent.project(self.method, weight.parameter.data, self._view(name, layer.dense, layer, None, {}))
+            self._project([name for name, *_ in self._layers()])  # new masks, the dense weights are as they were
 
     def _check_resumed(self) -> None:
         """After a load: the weights must be those that the masks were saved with."""

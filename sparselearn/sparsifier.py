@@ -236,8 +236,7 @@ class Sparsifier(MaskedModel):
             )
             opened.penalised[name] = grad
         if swap and not opened.entered:
-            for weight, layer in layers.values():
-                distributed.local(weight.parameter.data).copy_(distributed.local(layer.dense))
+            latent.enter([weight.parameter.data for weight, _ in layers.values()], [s for _, s in layers.values()])
             opened.entered = True
 
     def _is_new(
@@ -315,9 +314,11 @@ class Sparsifier(MaskedModel):
         method = self.method
         assert isinstance(method, StraightThrough)
         if stepped:
-            for weight, layer in layers.values():
-                if opened.entered:
-                    latent.leave(layer, weight.parameter.data, self._slots(optimizer, weight))
+            weights, states = [weight for weight, _ in layers.values()], [layer for _, layer in layers.values()]
+            if opened.entered:
+                data = [weight.parameter.data for weight in weights]
+                latent.leave(data, states, lambda i: self._slots(optimizer, weights[i]))
+            for layer in states:
                 layer.step += 1
             self._track_step(layers, opened)
             first = next(iter(layers.values()))[1]
@@ -330,8 +331,7 @@ class Sparsifier(MaskedModel):
                         for key, value in changed.items():
                             self._samples.setdefault(key, []).append((value, view.mask.numel()))
         if stepped or opened.entered:
-            for name, (weight, layer) in layers.items():
-                latent.project(method, weight.parameter.data, self._view(name, layer.dense, layer, None, {}))
+            self._project([*layers])
         if self._samples and stepped:
             step = next(iter(layers.values()))[1].step - 1
             self.last_update, self._samples = {"step": step} | statistics.of_samples(self._samples), {}

@@ -109,13 +109,17 @@ class StraightThrough:
         extra = min(round(self.backward(step) * layer.mask.numel()), room - active)
         return Unstructured().topk(score, active + extra, layer.mask)
 
+    def masks_alone(self, step: int) -> bool:
+        """Whether the forward weights are W⊙M at this step."""
+        return self.project is None and self.residual(step) == 0
+
     def forward_weights(self, layer: Layer) -> Tensor:
         """What the model's weight holds between steps."""
         if self.project is not None:
             return self.project(layer)
-        beta = self.residual(layer.step)
         dense = layer.weight
-        return dense.masked_fill(~layer.mask, 0) if beta == 0 else torch.where(layer.mask, dense, beta * dense)
+        rest = 0 if self.masks_alone(layer.step) else self.residual(layer.step) * dense
+        return torch.where(layer.mask, dense, rest)
 
     def chained(self, layer: Layer, grad: Tensor) -> Tensor:
         """g, or with gradient="chain" its product with M + β·(1 - M)."""

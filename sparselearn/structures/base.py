@@ -97,7 +97,11 @@ def highest(score: Tensor, k: int, keep: Tensor | None = None) -> Tensor:
 def require(who: object, score: Tensor, k: int, group: str, what: str = "weights") -> None:
     """Raises `SparsityError` where a line of the last dimension has fewer than k scores above `-inf`."""
     if score.numel():
-        check(~(score.min() > -math.inf), partial(_count_candidates, who, score, k, group, what), score.nbytes)
+        check(score.min(), _is_never, partial(_count_candidates, who, score, k, group, what), score.nbytes)
+
+
+def _is_never(score: float) -> bool:
+    return not score > -math.inf
 
 
 def _count_candidates(who: object, score: Tensor, k: int, group: str, what: str) -> None:

@@ -70,21 +70,24 @@ class NM(FixedCount):
         groups, _, rest_active = self._split(shape)
         return shape.numel() // shape[self.dim] * (groups * self.n + rest_active)
 
-    def _parts(self, weight: Tensor) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
-        """(groups [..., groups, m], n) and (what remains [..., rest], how many of it)."""
+    def _parts(self, weight: Tensor) -> list[tuple[Tensor, int]]:
+        """(groups [..., groups, m], n) and, if something remains, (it [..., rest], how many of it)."""
         groups, rest, rest_active = self._split(weight.shape)
-        whole, tail = weight.movedim(self.dim, -1).split([groups * self.m, rest], -1)
-        return (whole.unflatten(-1, (groups, self.m)), self.n), (tail, rest_active)
+        line = weight.movedim(self.dim, -1)
+        if not rest:
+            return [(line.unflatten(-1, (groups, self.m)), self.n)]
+        whole, tail = line.split([groups * self.m, rest], -1)
+        return [(whole.unflatten(-1, (groups, self.m)), self.n), (tail, rest_active)]
 
     def _choose(self, score: Tensor, keep: Tensor | None) -> Tensor:
-        parts = []
-        kept = (None, None) if keep is None else [part for part, _ in self._parts(keep)]
-        for (group, n), keep_group in zip(self._parts(score), kept, strict=True):
+        parts, masks = self._parts(score), []
+        kept = [None] * len(parts) if keep is None else [part for part, _ in self._parts(keep)]
+        for (group, n), keep_group in zip(parts, kept, strict=True):
             require(self, group, n, "group")
             mask = highest(group, n, keep_group) if group.numel() else torch.zeros_like(group, dtype=torch.bool)
-            parts.append(mask.reshape(*score.movedim(self.dim, -1).shape[:-1], -1))
-        line = torch.cat(parts, -1) if parts[1].numel() else parts[0]
-        return line.movedim(-1, self.dim).contiguous()
+            masks.append(mask.reshape(*score.movedim(self.dim, -1).shape[:-1], -1))
+        mask = (torch.cat(masks, -1) if len(masks) > 1 else masks[0]).movedim(-1, self.dim)
+        return mask if mask.stride() == score.stride() else mask.contiguous()
 
     def _wrong(self, mask: Tensor) -> str | None:
         if all(bool((group.sum(-1) == n).all()) for group, n in self._parts(mask)):
