@@ -134,10 +134,11 @@ def candidates(case: Case, kernel: str) -> "list[Blocks]":
         found = [b for b in launch.FORWARD if b.tokens <= most and (case.tokens <= 64 or b.tokens > 16)]
     else:
         found = [blocks for blocks in launch.GRAD_VALUES if blocks.tokens <= max(32, case.tokens)]
-    if case.dtype != "float32":
-        return found
-    # The others are too large for shared memory, or stop with an error.
-    return [b for b in found if (b.inputs <= 32 or b.tokens <= 64) and b.stages <= launch.MOST_STAGES_FLOAT32]
+    if case.dtype in ("float32", "tf32"):
+        found = [b for b in found if b.stages <= launch.MOST_STAGES_FLOAT32]
+    if case.dtype == "float32":  # the others are too large for shared memory
+        found = [b for b in found if b.inputs <= 32 or b.tokens <= 64]
+    return found
 
 
 def compile_ahead(cases: Sequence[Case], processes: int | None = None) -> None:

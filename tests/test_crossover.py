@@ -1,6 +1,7 @@
 """The table of what is faster: kept on disk, asked by layers, measured by a command (with a clock of our own here)."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -237,10 +238,10 @@ def test_float32_kernels_have_no_stages_that_triton_compiles_wrongly(folder, gro
     pytest.importorskip("triton", reason="triton is not installed")
     from sparselearn.kernels.grouped_fan_in import launch
 
-    for tokens in (1, 16, 64, 4096):
-        case = CASE._replace(dtype="float32", group=group, tokens=tokens)
+    for tokens, dtype, kernel in product((1, 16, 64, 4096), ("float32", "tf32"), ("forward", "grad_values")):
+        case = CASE._replace(dtype=dtype, group=group, tokens=tokens)
         default = launch.forward_blocks(torch.empty(2, group, 37), tokens)
-        assert max(blocks.stages for blocks in [default, *crossover_measure.candidates(case, "forward")]) <= 4
+        assert max(blocks.stages for blocks in [default, *crossover_measure.candidates(case, kernel)]) <= 4
     assert launch.forward_blocks(torch.empty(2, group, 37, dtype=torch.bfloat16), 16).stages == 5
 
 
