@@ -6,8 +6,9 @@
 A way that was not measured as the fastest is not taken: what is unknown is computed densely. There is one table for
 each name of a GPU and versions of torch, CUDA and triton, in `$SPARSELEARN_CACHE`, else `~/.cache/sparselearn`.
 
-Times are those of CUDA graphs. Without one the host starts every kernel, which counts where layers are small or a way
-has many kernels (`collected` has two for each portion of tokens): capture your step in a graph, or compare whole steps.
+Every case is measured twice: replayed in a CUDA graph, and called from the host, whose work then counts where it takes
+longer than the device's (small layers, ways of many kernels). While a graph is captured the first decides, else the
+second. torch.compile asks before a capture: compile within `graphs()` what a graph will hold.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +45,12 @@ class Case(NamedTuple):
     training: bool  # forward and backward, else forward alone
     tokens: int  # one of BUCKETS
     pattern: str = ""  # of an n:m layer, as "2:4"; its group is 1
+    graph: bool = False  # replayed in a CUDA graph, else called from the host
 
     def __str__(self) -> str:
         kind = "training" if self.training else "forward"
         form = self.pattern or f"V={self.group} {1 - self.fan_in / self.inputs:.2%}"
-        return f"{self.neurons}x{self.inputs} {form} {self.dtype} {kind} {self.tokens}"
+        return f"{self.neurons}x{self.inputs} {form} {self.dtype} {kind} {self.tokens}{' graph' * self.graph}"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -112,7 +115,8 @@ class Table:
     def _read(self) -> None:
         try:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
-            cases = {Case(**row["case"]): row["seconds"] for row in saved["cases"]}
+            # Files of earlier versions hold the times of graphs alone.
+            cases = {Case(**{"graph": True} | row["case"]): row["seconds"] for row in saved["cases"]}
             blocks = {tuple(row["key"]): tuple(row["blocks"]) for row in saved["blocks"]}
         except FileNotFoundError:
             return
@@ -142,11 +146,11 @@ class Table:
         return min(seconds, key=seconds.__getitem__) if seconds else "dense"
 
     def __str__(self) -> str:
-        lines = [f"{'case':<60}{'dense us':>10}{'best us':>10}  speed-up  way"]
+        lines = [f"{'case':<66}{'dense us':>10}{'best us':>10}  speed-up  way"]
         for case, seconds in sorted(self.seconds.items()):
             way = self.best(case)
             dense, least = seconds["dense"] * 1e6, seconds[way] * 1e6
-            lines.append(f"{case!s:<60}{dense:>10.1f}{least:>10.1f}{dense / least:>9.2f}x  {way}")
+            lines.append(f"{case!s:<66}{dense:>10.1f}{least:>10.1f}{dense / least:>9.2f}x  {way}")
         return "\n".join(lines)
 
 
@@ -155,19 +159,35 @@ _tables: dict[int | None, Table] = {}  # by the index of the GPU
 
 def table() -> Table:
     """The table of the current GPU, read once."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_initialized() or torch.cuda.is_available()  # the second asks the driver
+    device = torch.cuda.current_device() if on_gpu else None
     if device not in _tables:
         folder = os.environ.get("SPARSELEARN_CACHE") or Path.home() / ".cache" / "sparselearn"
         _tables[device] = Table(Path(folder) / f"crossover-{gpu_key()}.json")
     return _tables[device]
 
 
+_graphs: ContextVar[bool] = ContextVar("graphs", default=False)
+
+
+@contextmanager
+def graphs() -> Iterator[None]:
+    """What chooses within it will be replayed in a CUDA graph. For torch.compile, which chooses before the capture."""
+    token = _graphs.set(True)
+    try:
+        yield
+    finally:
+        _graphs.reset(token)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(
-    neurons: int, inputs: int, group: int, fan_in: int, dtype: str, training: bool, tokens: int, pattern: str = ""
-) -> str:
+    neurons: int, inputs: int, group: int, fan_in: int, dtype: str, training: bool, tokens: int, pattern: str = "",
+    graph: bool = False,
+) -> str:  # fmt: skip
     """The fastest way measured for a layer on this GPU, "dense" where nothing was. `tokens`: one of BUCKETS."""
-    return table().best(Case(neurons, inputs, group, fan_in, dtype, training, tokens, pattern))
+    graph = graph or _graphs.get() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return table().best(Case(neurons, inputs, group, fan_in, dtype, training, tokens, pattern, graph))
 
 
 def measure(cases: Iterable[Case], measured: Measure, into: Table, seconds: float = float("inf")) -> list[Case]:
@@ -205,10 +225,11 @@ def cases_of(
                     if dtype not in DTYPES:
                         raise SparsityError(f"`--dtypes` must be of {', '.join(DTYPES)}; got {dtype!r}.")
                     made += [
-                        Case(neurons, inputs, group, fan_in, DTYPES[dtype], train, bucket(n))
+                        Case(neurons, inputs, group, fan_in, DTYPES[dtype], train, bucket(n), graph=graph)
                         for train in training
                         if group > 1 or not train  # condensed layers are trained on other back ends
                         for n in tokens
+                        for graph in (True, False)  # the first tunes the blocks, too
                     ]
     return made
 

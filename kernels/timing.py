@@ -55,20 +55,24 @@ def graph_seconds(calls: Calls, rounds: int = 5, least: float = 2e-3) -> float:
     return statistics.median(times) / len(calls)
 
 
-def event_seconds(calls: Calls, repeats: int = 20) -> float:
-    """Seconds of one call of many in a row, as a program without CUDA graphs makes them.
+def event_seconds(calls: Calls, repeats: int = 20, rounds: int = 3) -> float:
+    """Median seconds of one call of many in a row, as a program without CUDA graphs makes them.
 
     The host's work counts where it takes longer than the device's.
     """
     for call in calls:
         call()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for i in range(repeats):
-        calls[i % len(calls)]()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3 / repeats
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()  # work that waits there would hide the host's
+        start.record()
+        for i in range(repeats):
+            calls[i % len(calls)]()
+        stop.record()
+        stop.synchronize()
+        times.append(float(start.elapsed_time(stop)) / 1e3 / repeats)
+    return statistics.median(times)
 
 
 def _replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:

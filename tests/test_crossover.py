@@ -36,6 +36,45 @@ def test_what_was_not_measured_as_faster_is_dense(folder):
         assert crossover.choose(*CASE._replace(**other)) == "dense"
 
 
+def test_a_graph_has_times_of_its_own(folder, monkeypatch):
+    """A way of many kernels may win where they are replayed, and lose where the host starts them."""
+    table = crossover.table()
+    table.seconds[CASE] = {"dense": 2.0, "sparse": 3.0}
+    table.seconds[CASE._replace(graph=True)] = {"dense": 2.0, "sparse": 1.0}
+    assert crossover.choose(*CASE) == "dense"
+    with crossover.graphs():
+        assert crossover.choose(*CASE) == "sparse"
+        assert torch.compile(lambda: crossover.choose(*CASE), backend="eager")() == "sparse"
+    assert crossover.choose(*CASE) == "dense"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert crossover.choose(*CASE) == "sparse"
+
+
+def test_both_are_measured_and_blocks_are_tuned_in_the_graph(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(crossover_measure, "measured_seconds", lambda case: seen.append(case) or {"dense": 1.0})
+    crossover_measure.ensure(CASE)
+    crossover_measure.ensure(CASE._replace(graph=True))
+    assert seen == [CASE._replace(graph=True), CASE]
+    monkeypatch.undo()
+    clocks = []
+    for name in ("graph_seconds", "event_seconds"):
+        monkeypatch.setattr(crossover_measure, name, lambda calls, name=name: clocks.append(name) or 1.0)
+    for case in seen:
+        measured_seconds(case, device="cpu")
+    assert clocks == ["graph_seconds"] * 2 + ["event_seconds"] * 2
+
+
+def test_a_file_of_an_earlier_version_holds_times_of_graphs(folder):
+    path = folder / "table.json"
+    old = CASE._asdict()
+    del old["graph"]
+    path.write_text(json.dumps({"cases": [{"case": old, "seconds": {"dense": 1.0}}], "blocks": []}))
+    assert set(Table(path).seconds) == {CASE._replace(graph=True)}
+
+
 def test_tf32_is_measured_and_asked_for_by_itself(folder):
     layer = nn.Linear(128, 64)
     mask = torch.zeros(64, 128, dtype=torch.bool)
@@ -120,23 +159,24 @@ def test_the_command_measures_saves_and_prints(folder, capsys):
     crossover.main(["--layers", "64x128", "--groups", "1", "32", "--tokens", "3", "300"], measured)
     shown = capsys.readouterr().out
     assert seen == [
-        Case(64, 128, group, 13, "bfloat16", training, tokens)
+        Case(64, 128, group, 13, "bfloat16", training, tokens, graph=graph)
         for group, training in [(1, False), (32, False), (32, True)]
         for tokens in (4, 512)
+        for graph in (True, False)
     ]
-    line = next(line for line in shown.splitlines() if "V=32" in line and "forward 512" in line)
+    line = next(line for line in shown.splitlines() if "V=32" in line and "forward 512 " in line)
     assert line.split() == ["64x128", "V=32", "89.84%", "bfloat16", "forward", "512", "30.0", "10.0", "3.00x", "sparse"]
     assert "1.00x  dense" in shown
     crossover._tables.clear()  # as in another process
     crossover.main(["--show"])
     assert capsys.readouterr().out == shown
     saved = json.loads(next(folder.iterdir()).read_text())
-    assert len(saved["cases"]) == 6
+    assert len(saved["cases"]) == 12
 
 
 def test_the_command_stops_in_time(folder, capsys):
     crossover.main(["--layers", "64x128", "--groups", "32", "--seconds", "-1"], lambda case: {"dense": 1.0})
-    assert "8 cases were not measured: the time of -1 s was up." in capsys.readouterr().out
+    assert "16 cases were not measured: the time of -1 s was up." in capsys.readouterr().out
 
 
 def test_mistakes_in_the_command_are_named(folder):

@@ -597,7 +597,14 @@ def test_ways_are_measured_kept_and_used(tmp_path):
     assert list(tmp_path.glob("crossover-*.json"))
     condensed_module = CondensedLinear.from_dense(*grouped(256, 512, 48, 1, torch.bfloat16))
     condensed_module.measure(1)
-    assert len(known) == 3
+    assert len(known) == 6  # each in a graph and called from the host
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert module._way(x, module.values) == crossover.table().best(module._case(x.dtype, False, 64))
+        with crossover.graphs():
+            assert module._way(x, module.values) == crossover.table().best(
+                module._case(x.dtype, False, 64)._replace(graph=True)
+            )
     report = convert(
         nn.Sequential(layer), {"0.weight": mask}, torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
     )

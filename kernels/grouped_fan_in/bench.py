@@ -113,7 +113,7 @@ def make_case(
     neurons, inputs = layer
     step, exact = 64 if inputs >= 4096 else 32, round(inputs * (1 - sparsity))
     fan_in = max(step, exact // step * step) if group > 1 else exact
-    return Case(neurons, inputs, group, fan_in, dtype, training, tokens)
+    return Case(neurons, inputs, group, fan_in, dtype, training, tokens, graph=True)
 
 
 class Layer:

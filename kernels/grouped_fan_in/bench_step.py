@@ -202,18 +202,22 @@ def _dense_rows(size: Size, into: list[Row]) -> list[Row]:
 
 
 def _sparse_rows(size: Size, group: int, sparsity: float, dense: list[Row]) -> list[Row]:
-    tokens, taken = size.batch * size.length, {}
+    """Each in the ways that are fastest so."""
+    tokens, rows = size.batch * size.length, []
+    taken: dict[str, str] = {}
 
-    def make(name: str, neurons: int, inputs: int) -> nn.Module:
-        case = make_case((neurons, inputs), bucket(tokens), group, sparsity, True)
+    def make(graph: bool, name: str, neurons: int, inputs: int) -> nn.Module:
+        case = make_case((neurons, inputs), bucket(tokens), group, sparsity, True)._replace(graph=graph)
         ensure(case)
         way = taken[name] = choose(*case)
         return nn.Linear(inputs, neurons) if way == "dense" else Grouped(case, way == "collected", name == "up")
 
-    case = make_case((size.width, size.width), tokens, group, sparsity, True)
-    called, replayed = _rows(case, "sparse", size, make)
-    ways = " ".join(f"{name}={way}" for name, way in taken.items())
-    return [dense[0], called._replace(detail=f"{called.detail}; {ways}"), dense[1], replayed]
+    for graph, dense_row in zip((False, True), dense, strict=True):
+        case = make_case((size.width, size.width), tokens, group, sparsity, True)
+        row = _rows(case, "sparse", size, partial(make, graph))[graph]
+        ways = " ".join(f"{name}={way}" for name, way in taken.items())
+        rows += [dense_row, row._replace(detail=f"{row.detail}; {ways}")]
+    return rows
 
 
 def _rows(case: Case, name: str, size: Size, make: Make) -> tuple[Row, Row]:

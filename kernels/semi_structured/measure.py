@@ -11,7 +11,7 @@ from sparselearn.kernels import crossover
 from sparselearn.kernels.crossover import Case, torch_dtype
 from sparselearn.kernels.semi_structured import cslt, fragments, ops, reference
 from sparselearn.kernels.semi_structured.search import Product, search
-from sparselearn.kernels.timing import Calls, Timer, copies, graph_seconds
+from sparselearn.kernels.timing import Calls, Timer, copies
 
 Packed = tuple[Tensor, Tensor]
 
@@ -20,7 +20,7 @@ WAYS = ("gemv", "decode", "gemm")
 
 
 def measured_seconds(
-    case: Case, timer: Timer = graph_seconds, device: str = "cuda", ways: Collection[str] = WAYS
+    case: Case, timer: Timer, device: str = "cuda", ways: Collection[str] = WAYS
 ) -> dict[str, float]:  # fmt: skip
     """Way -> seconds, of a layer whose weight lies there in the form of each way; training with transposable masks.
 
@@ -36,14 +36,15 @@ def measured_seconds(
     sets = copied(reference.pack(weight, mask, n, m))
     calls: dict[str, Calls] = {"dense": [partial(F.linear, x, w) for (w,) in copied((weight,))]}
     if "gemv" in ways and case.tokens <= ops.MAX_GEMV_TOKENS:
-        if device == "cuda":
+        if device == "cuda" and case.graph:
             tune_gemv(x, sets, n, m, timer)
         calls["gemv"] = [partial(ops.gemv, x, v, p, None, n, m) for v, p in sets]
     if device == "cuda" and case.pattern == "2:4":
         few = case.tokens <= ops.MAX_DECODE_TOKENS
         if "decode" in ways and few and fragments.fits(case.neurons, case.inputs, dtype):
             pieces = [fragments.fragments(v, p) for v, p in sets]
-            tune_decode(x, pieces, timer)
+            if case.graph:
+                tune_decode(x, pieces, timer)
             calls["decode"] = [partial(torch.ops.sparselearn.sp24_decode, x, k, p, None) for k, p in pieces]
         if "gemm" in ways and cslt.fits(case.neurons, case.inputs, dtype) and cslt.trusted(x.device, dtype):
             blobs = [cslt.blob(v, cslt.metadata(v, p)) for v, p in sets]
