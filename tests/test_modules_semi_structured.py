@@ -242,6 +242,30 @@ def test_the_fastest_way_measured_is_taken_where_it_is_possible():
 
 
 @pytest.mark.usefixtures("gpu")
+def test_the_first_call_makes_the_form_that_a_graph_wants(monkeypatch):
+    def capture(now):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: now)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now)
+
+    module = SemiStructuredLinear.from_dense(*pair(32, 256, dtype=torch.bfloat16)).requires_grad_(False)
+    x = torch.randn(5, 256).bfloat16()
+    case = module._case(x.dtype, False, 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    crossover.table().seconds[case] = {"dense": 3.0, "gemv": 2.0, "decode": 4.0}
+    crossover.table().seconds[case._replace(graph=True)] = {"dense": 3.0, "gemv": 2.0, "decode": 1.0}
+    capture(True)
+    assert module._way(x, False, True) == "dense"  # what is not there cannot be made now
+    capture(False)
+    assert module._way(x, False, True) == "gemv"
+    module(x)
+    assert set(module._forms) == {("decode", torch.bfloat16)}
+    capture(True)
+    assert module._way(x, False, True) == "decode"
+    module.refresh()
+    assert not module._prepared
+
+
+@pytest.mark.usefixtures("gpu")
 def test_what_is_measured():
     case = crossover.Case(32, 64, 1, 32, "float32", False, 4, "2:4")
     clock = iter([4e-6, 1e-6])

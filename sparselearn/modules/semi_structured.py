@@ -98,6 +98,7 @@ class SemiStructuredLinear(SparseModule):
         self.register_buffer("places", places)
         self.register_buffer("places_t", None, persistent=False)
         self._forms: dict[tuple[str, torch.dtype], tuple[Tensor, ...]] = {}
+        self._prepared: set[tuple[int, torch.dtype, bool, bool]] = set()
         self.refresh()
 
     @classmethod
@@ -142,9 +143,11 @@ class SemiStructuredLinear(SparseModule):
         if not frozen:
             for key in [key for key in self._forms if not key[0].startswith("metadata")]:
                 del self._forms[key]  # they are of values that an optimizer changes
+                self._prepared.clear()
         trains = [t for t in (x_TI, self.values, self.bias) if t is not None and t.requires_grad]
         training = torch.is_grad_enabled() and bool(trains)
         way = self._way(x_TI, training, frozen)
+        self._prepare(x_TI, values, training, frozen)
         if way == "gemv":
             return kernel.gemv(x_TI, values, self.places, bias, self.n, self.m)
         ops = torch.ops.sparselearn
@@ -156,9 +159,25 @@ class SemiStructuredLinear(SparseModule):
             metadata, *other = self._form("metadata", values)
             transposed = (self.places_t, other[0]) if other else (None, None)
             return ops.sp24_linear(x_TI, values, self.places, metadata, *transposed, bias)  # type: ignore[no-any-return]
-        if frozen and not torch.compiler.is_compiling():
+        if frozen and (not _recorded() or self._has("dense", values.dtype)):
             return F.linear(x_TI, self._form("dense", values)[0], bias)
         return F.linear(x_TI, kernel.unpack(values, self.places, self.n, self.m), bias)
+
+    def _prepare(self, x_TI: Tensor, values: Tensor, training: bool, frozen: bool) -> None:
+        """Make the form that a graph wants which is recorded later: its fastest way may be another than this call's."""
+        if _recorded():
+            return
+        call = (crossover.bucket(x_TI.shape[0]), x_TI.dtype, training, frozen)
+        if call in self._prepared:
+            return
+        with crossover.graphs():
+            way = self._way(x_TI, training, frozen)
+        if way in ("decode", "gemm"):
+            self._form(_form_of(way, training, frozen), values)
+        self._prepared.add(call)
+
+    def _has(self, name: str, dtype: torch.dtype) -> bool:
+        return not torch.compiler.is_compiling() and (name, dtype) in self._forms
 
     def _form(self, name: str, values: Tensor) -> tuple[Tensor, ...]:
         """The weight as a way wants it, kept; "metadata" is of the places alone."""
@@ -187,9 +206,11 @@ class SemiStructuredLinear(SparseModule):
         possible: list[str] = _ways(
             x_TI.device, x_TI.dtype, *shape, f"{self.n}:{self.m}", tokens, training, frozen
         ).split()
-        if torch.compiler.is_compiling():  # forms are not made while a graph is
-            form = {"gemv": "", "decode": "decode", "gemm": "gemm" if frozen and not training else "metadata"}
-            possible = [way for way in possible if way == "gemv" or (form[way], x_TI.dtype) in self._forms]
+        if _recorded():  # forms are not made while a graph is
+            possible = [
+                way for way in possible
+                if way == "gemv" or (_form_of(way, training, frozen), x_TI.dtype) in self._forms
+            ]  # fmt: skip
         if not possible or x_TI.shape[0] == 0:
             return "dense"
         wanted = self.way or crossover.choose(*self._case(x_TI.dtype, training, tokens))
@@ -217,20 +238,24 @@ class SemiStructuredLinear(SparseModule):
 
     def refresh(self) -> None:
         """Forget what was made of values and places. Needed only after writing to them in place while frozen."""
-        self._forms.clear()
+        self._forget()
         self.places_t = None
         if (self.n, self.m) == (2, 4) and self.out_features % 8 == 0 and self.in_features % 8 == 0:
             mask = self.mask
             if bool((mask.unflatten(0, (-1, 4)).sum(1) == 2).all()):
                 self.places_t = kernel.reference.pack(mask.T, mask.T)[1]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _forget(self) -> None:
         self._forms.clear()
+        self._prepared.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_forms": {}}
+        return self.__dict__ | {"_forms": {}, "_prepared": set()}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Checks what is loaded: places decide where kernels read."""
@@ -249,6 +274,17 @@ class SemiStructuredLinear(SparseModule):
             f"in_features={self.in_features}, out_features={self.out_features}, pattern={self.n}:{self.m}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _recorded() -> bool:
+    """Whether torch compiles now, or a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    )  # fmt: skip
+
+
+def _form_of(way: str, training: bool, frozen: bool) -> str:
+    return "metadata" if way == "gemm" and (training or not frozen) else way
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
