@@ -37,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train one recipe", epilog=TRAIN_EXAMPLES, formatter_class=raw)
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     sweep = commands.add_parser("sweep", help="a grid of runs", epilog=SWEEP_EXAMPLES, formatter_class=raw)
-    sweep.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    sweep.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time (default 1); small networks share a GPU well, best under NVIDIA MPS",
+    )
     for command in (train, sweep):
         command.add_argument("recipe", help="the name of a packaged recipe, or the path of a YAML file")
         command.add_argument("changes", nargs="*", metavar="key=value", help="keys of the recipe, dotted where nested")
