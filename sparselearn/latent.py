@@ -1,6 +1,7 @@
 """Straight-through methods in the engine: dense weights during the optimizer's step, forward weights at other times."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -58,12 +59,13 @@ def project(
     method: StraightThrough, weights: Sequence[Tensor], layers: Sequence[LayerState], view: Callable[[int], Layer]
 ) -> None:
     """Put the forward weights into the model; `view(i)` is what the method may look at for layer i."""
-    masked = [i for i, layer in enumerate(layers) if method.masks_alone(layer.step)]
-    enter([weights[i] for i in masked], [layers[i] for i in masked])
-    for i in masked:
-        distributed.local(weights[i]).masked_fill_(distributed.local(layers[i].inactive), 0)
-    for i in set(range(len(layers))).difference(masked):
-        distributed.assign(weights[i], method.forward_weights(view(i)))
+    masked = [method.masks_alone(layer.step) for layer in layers]
+    enter(list(compress(weights, masked)), list(compress(layers, masked)))
+    for i, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
+        if masked[i]:
+            distributed.local(weight).masked_fill_(distributed.local(layer.inactive), 0)
+        else:
+            distributed.assign(weight, method.forward_weights(view(i)))
 
 
 def adjust_gradient(
