@@ -63,6 +63,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Run every cell that is not finished yet, then write results.csv, results.md and results.png.
 
+    Where a run fails, or all are interrupted, the files hold the cells that are finished.
+
     Cells that are the same run, such as the dense network at several sparsities, are trained once.
 
     Args:
@@ -85,23 +87,31 @@ def sweep(
         folder = folder_of(out, cell)
         runs.setdefault(_identity(config), []).append(_Run(cell, config, folder, _state(folder, config)))
     chosen = {key: min(equal, key=lambda run: STATES.index(run.state)) for key, equal in runs.items()}
-    todo = [run for run in chosen.values() if run.state != "finished"]
+    files = [chosen[_identity(config)].folder / "result.json" for config in resolved]
+    try:
+        _train_all(source, [run for run in chosen.values() if run.state != "finished"], jobs, progress)
+    finally:
+        results = [
+            json.loads(file.read_text()) | {"cell": cell}
+            for cell, file in zip(wanted, files, strict=True)
+            if file.exists()
+        ]
+        if results:
+            _write(results, source, grid, out)
+    return results
+
+
+def _train_all(source: str, todo: Sequence[_Run], jobs: int, progress: bool) -> None:
     if jobs > 1:
         with ThreadPoolExecutor(jobs) as pool:
             threads = str(max(1, (os.cpu_count() or 1) // jobs))  # else the runs fight for the cores
             list(pool.map(lambda run: _in_process(source, run, threads), todo))
-    else:
-        for run in todo:
-            if progress:
-                print(f"== {', '.join(f'{k}={v}' for k, v in run.cell.items())}", flush=True)
-            if train(run.config, run.folder, resume=run.state == "started", progress=progress).get("interrupted"):
-                raise KeyboardInterrupt
-    results = [
-        json.loads((chosen[_identity(config)].folder / "result.json").read_text()) | {"cell": cell}
-        for cell, config in zip(wanted, resolved, strict=True)
-    ]
-    _write(results, source, grid, out)
-    return results
+        return
+    for run in todo:
+        if progress:
+            print(f"== {', '.join(f'{k}={v}' for k, v in run.cell.items())}", flush=True)
+        if train(run.config, run.folder, resume=run.state == "started", progress=progress).get("interrupted"):
+            raise KeyboardInterrupt
 
 
 def _identity(config: Config) -> str:
@@ -150,7 +160,9 @@ def _write(results: list[dict[str, Any]], source: str, grid: dict[str, list[str]
     groups = table.group(rows, varied)
     command = "sparselearn sweep " + shlex.join([source, *(f"{k}={','.join(v)}" for k, v in grid.items())])
     steps = " or ".join(map(str, sorted({int(row["steps"]) for row in results})))
-    caption = (
+    missing = len(cells(grid)) - len(results)
+    caption = f"{missing} of {len(cells(grid))} cells are not finished. " if missing else ""
+    caption += (
         f"Mean ± standard deviation over n seeds; {results[0]['recipe']}, {steps} optimizer steps, "
         f"{table.made_with(rows)}.\n\n    {command}"
     )

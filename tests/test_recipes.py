@@ -265,9 +265,14 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
         interrupt_at(patch, 70)  # within the second run
         with pytest.raises(KeyboardInterrupt):
             sweep("digits", grid, tmp_path, progress=False)
+    text = (tmp_path / "results.md").read_text()  # of what is finished
+    assert "1 of 2 cells are not finished. Mean" in text
+    assert "| dense | 1 | " in text
+    assert "static | 1 |" not in text
     trained = counting(monkeypatch)
     assert len(sweep("digits", grid, tmp_path, progress=False)) == 2
     assert trained == ["variant=static,max_steps=50"]
+    assert "not finished" not in (tmp_path / "results.md").read_text()
 
 
 def test_a_sweep_over_lengths_names_them_all(tmp_path):
