@@ -8,6 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(600)  # seconds, on a machine that does other things too
 
 
 def printed(name: str, **changes: str) -> str:
@@ -19,7 +20,7 @@ def printed(name: str, **changes: str) -> str:
             cell.source, n = pattern.subn(f"{variable} = {value}", cell.source)
             found += n
         assert found == 1, variable
-    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(ROOT)}}).execute()
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
