@@ -14,6 +14,7 @@ from sparselearn.flops import TrainingFlops, gradient_densities
 from sparselearn.lightning import SparsityCallback
 
 LAST = "last.ckpt"
+SHOWN = 20  # optimizer steps between two losses in a progress bar
 WARM = 10  # steps before the rate of examples is measured
 
 
@@ -45,12 +46,12 @@ class CsvMetrics(Logger):
 
 
 class _Loss:
-    """A progress bar with the training loss of every 20th step; each reading waits for the device."""
+    """A progress bar with the training loss of every SHOWN-th step; each reading waits for the device."""
 
     _shown: dict[str, float] | None = None
 
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-        if trainer.global_step % 20 == 0 and "train_loss" in trainer.callback_metrics:
+        if trainer.global_step % SHOWN == 0 and "train_loss" in trainer.callback_metrics:
             self._shown = {"train_loss": float(trainer.callback_metrics["train_loss"])}
         return super().get_metrics(trainer, module) | (self._shown or {})  # type: ignore[misc,no-any-return]
 

@@ -27,7 +27,7 @@ from sparselearn.errors import SparsityError
 from sparselearn.flops import TrainingFlops, layer_flops, model_flops, stored_megabytes
 from sparselearn.kernels.timing import commit
 from sparselearn.lightning import SparsityCallback
-from sparselearn.recipes.callbacks import LAST, Bookkeeping, CsvMetrics, Plain, Rich, inner
+from sparselearn.recipes.callbacks import LAST, SHOWN, Bookkeeping, CsvMetrics, Plain, Rich, inner
 from sparselearn.recipes.data import Data
 from sparselearn.sparsifier import Sparsifier
 
@@ -58,11 +58,18 @@ class Classifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         # Dropout depends on (seed, micro-batch, rank) alone, so that a resumed run draws as the whole one would have.
-        torch.manual_seed((self.config.seed * 1_000_003 + index) * self.config.devices + self.global_rank)
+        seed = (self.config.seed * 1_000_003 + index) * self.config.devices + self.global_rank
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed seeks every kind of device, for half a millisecond
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss = self._loss(self(batch[0]), batch[1], self.config.label_smoothing)
-        self.log("train_loss", loss)  # not `prog_bar`: that waits for the device on every step
+        # Where a logger or a progress bar looks; `prog_bar` would wait for the device.
+        if (self.trainer.global_step + 1) % math.gcd(SHOWN, _logged_every(self.config)) == 0:
+            self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
@@ -87,6 +94,11 @@ class Classifier(pl.LightningModule):
         optimizer = configs.build("optimizer", self.config.optimizer, parameters)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _logged_every(config: Config) -> int:
+    """Steps between rows of a logger: 50, or fewer in a shorter run, where Lightning would warn."""
+    return min(50, config.max_steps * config.accumulate)
 
 
 def versions() -> dict[str, str]:
@@ -210,7 +222,7 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], micro: 
         use_distributed_sampler=False,  # the loaders give each rank its part
         callbacks=callbacks,
         logger=CsvMetrics(folder),
-        log_every_n_steps=min(50, micro),  # Lightning warns where a run is shorter than this
+        log_every_n_steps=_logged_every(config),
         num_sanity_val_steps=0,
         enable_checkpointing=False,  # `Bookkeeping` keeps one
         enable_progress_bar=progress,
