@@ -3,6 +3,8 @@
 # Parameters of kernels are pointers and numbers of the compiler; Python types say nothing of them.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -44,5 +46,6 @@ def highest(score: Tensor, k: int) -> Tensor:
     size = score.shape[-1]
     lines = score.numel() // size
     stride = score.stride(-1) if size > 1 else 1
-    lines_kernel[(triton.cdiv(lines, BLOCK),)](score, mask, lines, stride, K=k, M=size, BLOCK=BLOCK)
+    with torch.cuda.device(score.device) if score.is_cuda else nullcontext():
+        lines_kernel[(triton.cdiv(lines, BLOCK),)](score, mask, lines, stride, K=k, M=size, BLOCK=BLOCK)
     return mask
