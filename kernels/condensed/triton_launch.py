@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from sparselearn.kernels.condensed import triton_kernels as kernels
+from sparselearn.kernels.devices import on_its_device
 from sparselearn.kernels.grouped_fan_in.launch import Blocks, feature_major, tuned
 
 ONE_TOKEN = (  # candidates for tuning: neurons, weights, warps (stages are not used)
@@ -27,6 +28,7 @@ def blocks_for(values: Tensor, tokens: int) -> Blocks:
     return ONE_TOKEN[0] if fan_in > 128 else ONE_TOKEN[2] if fan_in > 64 else ONE_TOKEN[3 if fan_in > 32 else 4]
 
 
+@on_its_device
 def linear(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, blocks: Blocks | None = None
 ) -> Tensor:  # fmt: skip
@@ -44,6 +46,7 @@ def linear(
     return out
 
 
+@on_its_device
 def grad_values(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """`reference.grad_values` in the dtype of values; any number of tokens."""
     out = torch.empty(values.shape, dtype=values.dtype, device=x.device)

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from sparselearn.kernels import crossover
+from sparselearn.kernels.devices import on_its_device
 from sparselearn.kernels.grouped_fan_in import triton_kernels as kernels
 from sparselearn.kernels.grouped_fan_in.layout import activations
 
@@ -130,6 +131,7 @@ def _padded(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(values, (0, missing)), torch.cat([indices, last], 1)
 
 
+@on_its_device
 def forward(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out: Tensor, activation: str = "none",
     blocks: Blocks | None = None,
@@ -154,6 +156,7 @@ def forward(
     return out
 
 
+@on_its_device
 def grad_values(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, blocks: Blocks | None = None) -> Tensor:
     """`reference.grad_values`, like `values` in shape and dtype; grad [T, N], x [T, I]."""
     groups, group, fan_in = values.shape
@@ -176,6 +179,7 @@ def grad_values(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, blocks
     return out[0] if splits == 1 else out.sum(0).to(values.dtype)
 
 
+@on_its_device
 def scores(grad: Tensor, x: Tensor, group: int) -> Tensor:
     """`reference.scores`, float32; grad [T, N], x [T, I] -> [G, I]."""
     tokens, inputs = x.shape
@@ -193,6 +197,7 @@ def scores(grad: Tensor, x: Tensor, group: int) -> Tensor:
     return result
 
 
+@on_its_device
 def densify(values: Tensor, indices: Tensor, in_features: int) -> Tensor:
     """The dense weight [N, I]."""
     groups, group, fan_in = values.shape
@@ -218,6 +223,7 @@ def grad_input_dense(grad: Tensor, values: Tensor, indices: Tensor, out: Tensor)
     return out
 
 
+@on_its_device
 def grad_input_collected(grad: Tensor, values: Tensor, order: Tensor, starts: Tensor, out: Tensor) -> Tensor:
     """`reference.grad_input` into `out` [T, I], in two sparse steps: what each group sends to each of its inputs, then
     the sums by input. No atomics: the order of every sum is fixed. `order`, `starts` are from `layout.by_input`.
@@ -245,6 +251,7 @@ def grad_input_collected(grad: Tensor, values: Tensor, order: Tensor, starts: Te
     return out
 
 
+@on_its_device
 def feature_major(x: Tensor, blocks: Blocks | None = None) -> Tensor:
     """A copy of x [T, I] whose memory is laid out by feature, padded with zeros to a multiple of 16 tokens."""
     tokens, inputs = x.shape

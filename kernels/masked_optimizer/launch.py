@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparselearn.errors import SparsityError
+from sparselearn.kernels.devices import on
 from sparselearn.kernels.masked_optimizer.reference import Rule
 from sparselearn.kernels.masked_optimizer.triton_kernels import step_kernel
 
@@ -136,10 +137,11 @@ def run(items: Sequence[Item], *, clean: bool = False, keep: int = 0, block: int
     first, device = items[0], items[0].weight.device
     rows = addresses(items)
     programs = blocks(tuple(row[-1] for row in rows), block, device)
-    step_kernel[(len(programs),)](
-        to_device(torch.tensor(rows), device), numbers(items, device), programs,
-        STATES=first.rule.states, ADAM=first.rule.beta2 is not None, NESTEROV=first.rule.nesterov,
-        MASKED=first.penalty is None, CLEAN=clean, KEEP=keep, W=DTYPES[first.weight.dtype],
-        S=DTYPES[first.state[0].dtype if first.state else first.weight.dtype],
-        ALIGNED=all(at % 16 == 0 for row in rows for at in row[:-1]), BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    with on(device):
+        step_kernel[(len(programs),)](
+            to_device(torch.tensor(rows), device), numbers(items, device), programs,
+            STATES=first.rule.states, ADAM=first.rule.beta2 is not None, NESTEROV=first.rule.nesterov,
+            MASKED=first.penalty is None, CLEAN=clean, KEEP=keep, W=DTYPES[first.weight.dtype],
+            S=DTYPES[first.state[0].dtype if first.state else first.weight.dtype],
+            ALIGNED=all(at % 16 == 0 for row in rows for at in row[:-1]), BLOCK=block, num_warps=warps,
+        )  # fmt: skip

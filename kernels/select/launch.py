@@ -1,7 +1,6 @@
 """Starts the kernels: the same few launches for any number of layers, and one wait at the end."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from sparselearn.kernels.devices import on
 from sparselearn.kernels.masked_optimizer.launch import to_device
 from sparselearn.kernels.select import triton_kernels as kernels
 from sparselearn.kernels.select import triton_search
@@ -85,7 +85,7 @@ def update(
     """
     w, device = items[0].weight, items[0].weight.device
     masks = [Masks(*(torch.empty_like(item.mask) for _ in range(4))) for item in items]
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(device):
         sizes = tuple(item.weight.numel() for item in items)
         programs, first = blocks(sizes, block * steps, device)
         groups, _ = blocks(sizes, block * steps * GROUP, device)

@@ -3,12 +3,12 @@
 # Parameters of kernels are pointers and numbers of the compiler; Python types say nothing of them.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sparselearn.kernels.devices import on_its_device
 
 BLOCK = 256
 
@@ -37,6 +37,7 @@ def lines_kernel(score_ptr, mask_ptr, lines, stride, K: tl.constexpr, M: tl.cons
         tl.store(mask_ptr + start + j * stride, ahead < K, inside)
 
 
+@on_its_device
 def highest(score: Tensor, k: int) -> Tensor:
     """The mask lies in memory as the score does, which is copied where it has gaps."""
     mask = torch.empty_like(score, dtype=torch.bool)
@@ -46,6 +47,5 @@ def highest(score: Tensor, k: int) -> Tensor:
     size = score.shape[-1]
     lines = score.numel() // size
     stride = score.stride(-1) if size > 1 else 1
-    with torch.cuda.device(score.device) if score.is_cuda else nullcontext():
-        lines_kernel[(triton.cdiv(lines, BLOCK),)](score, mask, lines, stride, K=k, M=size, BLOCK=BLOCK)
+    lines_kernel[(triton.cdiv(lines, BLOCK),)](score, mask, lines, stride, K=k, M=size, BLOCK=BLOCK)
     return mask

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from sparselearn.kernels import crossover
+from sparselearn.kernels.devices import on_its_device
 from sparselearn.kernels.semi_structured import fragments, reference
 from sparselearn.kernels.semi_structured import triton_kernels as kernels
 
@@ -60,6 +61,7 @@ def gemv_candidates(x: Tensor, values: Tensor, places: Tensor, n: int, m: int) -
     return CELLS + ONE_TOKEN[:2] if cells_fit(x, values, places, n, m) else ONE_TOKEN
 
 
+@on_its_device
 def pack(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """2:4 values and places of a contiguous weight [N, I], I a multiple of 8, by magnitude or by a bool mask [N, I]
     that is 2:4 (not looked at)."""
@@ -73,6 +75,7 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return values, places
 
 
+@on_its_device
 def pack_transposable(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values and places of the best transposable 2:4 weight, and of its transpose; N and I multiples of 8."""
     neurons, inputs = weight.shape
@@ -90,6 +93,7 @@ def _empty(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return values, torch.empty((rows, columns // 8), dtype=torch.uint8, device=like.device)
 
 
+@on_its_device
 def gemv(
     x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, n: int, m: int, blocks: Blocks | None = None
 ) -> Tensor:
@@ -111,6 +115,7 @@ def gemv(
     return out
 
 
+@on_its_device
 def _gemv_of_cells(
     x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, out: Tensor, n: int, m: int, blocks: Blocks
 ) -> None:  # fmt: skip
@@ -125,6 +130,7 @@ def _gemv_of_cells(
     )  # fmt: skip
 
 
+@on_its_device
 def unpack(values: Tensor, places: Tensor, n: int, m: int) -> Tensor:
     """The dense weight [N, I]."""
     neurons, inputs = len(values), values.shape[1] // n * m
@@ -136,6 +142,7 @@ def unpack(values: Tensor, places: Tensor, n: int, m: int) -> Tensor:
     return out
 
 
+@on_its_device
 def gather(dense: Tensor, places: Tensor, n: int, m: int) -> Tensor:
     """The numbers of a contiguous matrix [N, I] at the places of the weights -> [N, K]."""
     neurons, kept = len(dense), dense.shape[1] // m * n
@@ -147,6 +154,7 @@ def gather(dense: Tensor, places: Tensor, n: int, m: int) -> Tensor:
     return out
 
 
+@on_its_device
 def transpose_values(values: Tensor, places: Tensor, places_t: Tensor) -> Tensor:
     """`reference.transpose_values`; N and I multiples of 8."""
     neurons, inputs = len(values), values.shape[1] * 2
@@ -202,6 +210,7 @@ def decode_candidates(kept: Tensor, tokens: int) -> list[DecodeBlocks]:
     return found or [DecodeBlocks(1, 1)]
 
 
+@on_its_device
 def decode(
     x: Tensor, kept: Tensor, places: Tensor, bias: Tensor | None, blocks: DecodeBlocks | None = None
 ) -> Tensor:  # fmt: skip
