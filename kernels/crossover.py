@@ -172,7 +172,11 @@ _graphs: ContextVar[bool] = ContextVar("graphs", default=False)
 
 @contextmanager
 def graphs() -> Iterator[None]:
-    """What chooses within it will be replayed in a CUDA graph. For torch.compile, which chooses before the capture."""
+    """What chooses within it will be replayed in a CUDA graph. For torch.compile, which chooses before the capture:
+
+    with graphs():
+        compiled(x)  # the first call, which compiles
+    """
     token = _graphs.set(True)
     try:
         yield

@@ -59,9 +59,7 @@ class Classifier(pl.LightningModule):
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         # Dropout depends on (seed, micro-batch, rank) alone, so that a resumed run draws as the whole one would have.
         seed = (self.config.seed * 1_000_003 + index) * self.config.devices + self.global_rank
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed seeks every kind of device, for half a millisecond
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for every kind of device
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 

@@ -298,7 +298,7 @@ def test_a_small_step_is_compared(monkeypatch):
     for row in (rows[1], rows[5]):
         kinds = dict(re.findall(r"(\w+) (\d+\.\d+)(?:,| ms)", row.detail))
         assert kinds.keys() == {"products", "layouts", "optimizer", "attention", "other"}
-        assert 0 < row.seconds < 0.1
+        assert row.seconds > 0
 
 
 @contextlib.contextmanager
