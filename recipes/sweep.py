@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +71,8 @@ def sweep(
 
     Args:
         grid: key -> values; a key with one value is the same in all cells; `seeds` is `seed`.
-        jobs: runs at a time, each in a process of its own when more than one.
+        jobs: runs at a time, each in a process of its own when more than one; spread over the GPUs that
+            CUDA_VISIBLE_DEVICES names, or over all. Runs on several devices see all of them.
 
     Returns:
         One mapping a cell: result.json, and under `cell` what was set for it.
@@ -103,15 +106,34 @@ def sweep(
 
 def _train_all(source: str, todo: Sequence[_Run], jobs: int, progress: bool) -> None:
     if jobs > 1:
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # else the runs fight for the cores
+        gpus: list[str | None] = [*_gpus()] or [None]
+        places: SimpleQueue[str | None] = SimpleQueue()
+        for job in range(jobs):
+            places.put(gpus[job % len(gpus)])
+
+        def start(run: _Run) -> None:
+            gpu = places.get()
+            try:
+                one = {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None and run.config.devices == 1 else {}
+                _in_process(source, run, threads | one)
+            finally:
+                places.put(gpu)
+
         with ThreadPoolExecutor(jobs) as pool:
-            threads = str(max(1, (os.cpu_count() or 1) // jobs))  # else the runs fight for the cores
-            list(pool.map(lambda run: _in_process(source, run, threads), todo))
+            list(pool.map(start, todo))
         return
     for run in todo:
         if progress:
             print(f"== {', '.join(f'{k}={v}' for k, v in run.cell.items())}", flush=True)
         if train(run.config, run.folder, resume=run.state == "started", progress=progress).get("interrupted"):
             raise KeyboardInterrupt
+
+
+def _gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _identity(config: Config) -> str:
@@ -134,13 +156,11 @@ def _state(folder: Path, config: Config) -> str:
     return "started" if (folder / LAST).exists() else "new"
 
 
-def _in_process(source: str, run: _Run, threads: str) -> None:
+def _in_process(source: str, run: _Run, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "sparselearn.cli", "train", source, *[f"{k}={v}" for k, v in run.cell.items()]]
     command += ["--out", str(run.folder), "--quiet", *(["--resume"] if run.state == "started" else [])]
     print(f"== {run.folder.name}\n", end="", flush=True)  # in one piece: other threads print, too
-    done = subprocess.run(
-        command, check=False, env={**os.environ, "OMP_NUM_THREADS": threads}, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, check=False, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         raise SparsityError(f"The run `{run.folder.name}` failed (exit code {done.returncode}): {last}")

@@ -45,7 +45,8 @@ class Classifier(pl.LightningModule):
         self.config = config
         self._schedule = configs.bound("schedule", config.schedule)
         # Of training steps alone: evaluation has other batch sizes. In a tuple, so that it is no second submodule.
-        self._trained = (torch.compile(self.network) if config.compile else self.network,)
+        mode = config.compile if isinstance(config.compile, str) else None
+        self._trained = (torch.compile(self.network, mode=mode) if config.compile else self.network,)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.config.channels_last:  # the weights stay as they are: torch converts them, and masks cost no more

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         default=1,
-        help="runs at a time (default 1); small networks share a GPU well, best under NVIDIA MPS",
+        help="runs at a time (default 1), spread over the GPUs; small networks share one well, best under NVIDIA MPS",
     )
     for command in (train, sweep):
         command.add_argument("recipe", help="the name of a packaged recipe, or the path of a YAML file")

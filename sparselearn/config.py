@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparselearn.errors import SparsityError, closest
 from sparselearn.schedules import check_run
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 TIMES = ("every", "start", "stop", "steps", "prune_start", "prune_stop", "stop_exploration", "warmup")
 CALLABLES = ("data", "model", "method", "distribution", "optimizer", "schedule")
 
@@ -46,7 +47,9 @@ class Config:
     gradient_clip_val: float | None = None
     precision: str = "32-true"
     channels_last: bool = False  # images in this memory order; with bf16-mixed convolutions are faster on a GPU
-    compile: bool = False  # torch.compile for training steps; the first one takes up to a minute
+    # true, or a mode of torch.compile, for training steps; the first takes up to a minute. "reduce-overhead" replays
+    # CUDA graphs, for steps that wait for Python rather than for the GPU, as those of small images do.
+    compile: Any = False
     devices: int = 1
     accelerator: str = "auto"
     eval_every: int = 0  # optimizer steps; 0 evaluates at the end only
@@ -132,6 +135,8 @@ def _check_numbers(config: Config) -> None:
             raise SparsityError(f"`{key}` must be at least {least}; got {value}.")
     if config.max_steps * config.extend < 1:
         raise SparsityError(f"`extend` must leave at least one of {config.max_steps} steps; got {config.extend:g}.")
+    if config.compile not in (False, True, *MODES):
+        raise SparsityError(f"`compile` is false, true or one of {', '.join(MODES)}; got {config.compile!r}.")
     if not 0 <= config.sparsity < 1:
         raise SparsityError(f"`sparsity` is the fraction of zeros and must lie in [0, 1); got {config.sparsity:g}.")
 

@@ -44,6 +44,11 @@ max_steps: 200
         ("eval_every=-1", "`eval_every` must be at least 0; got -1."),
         ("sparsity=1.5", "`sparsity` is the fraction of zeros and must lie in [0, 1); got 1.5."),
         (
+            "compile=graphs",
+            "`compile` is false, true or one of default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs; "
+            "got 'graphs'.",
+        ),
+        (
             "method.stop=2000",
             "`UpdateSchedule` has stop=2000, past the end of a run of 1500 optimizer steps. Give the method times of "
             "this run, or train longer.",

@@ -130,3 +130,18 @@ def test_a_model_that_was_moved_to_the_cpu_is_saved_looked_at_and_masked(method:
     with sparsifier.dense_weights():
         pass
     assert all(mask.device.type == "cpu" for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("variant", ["rigl", "nm"])
+def test_recipes_train_alike_in_cuda_graphs(tmp_path, variant) -> None:
+    from sparselearn.config import load
+    from sparselearn.recipes.train import train
+
+    weights = []
+    for mode in ("default", "reduce-overhead"):
+        changes = [f"variant={variant}", "max_steps=60", f"compile={mode}", *["method.every=5"] * (variant == "rigl")]
+        train(load("digits", changes), tmp_path / mode, progress=False)
+        weights.append(torch.load(tmp_path / mode / "model.pt", map_location="cpu", weights_only=False)["model"])
+    for name, value in weights[0].items():
+        assert torch.equal(value != 0, weights[1][name] != 0), name
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-5)

@@ -5,7 +5,9 @@ import json
 import signal
 import statistics
 import struct
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,6 +275,39 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
     assert len(sweep("digits", grid, tmp_path, progress=False)) == 2
     assert trained == ["variant=static,max_steps=50"]
     assert "not finished" not in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("named", "devices", "wanted"), [
+    ("3,5", "1", ["3", "3", "5", "5"]),
+    ("3,5", "2", ["3,5"] * 4),  # a run on both sees both
+    (None, "1", ["0", "0", "1", "1"]),
+])  # fmt: skip
+def test_runs_at_a_time_are_spread_over_the_gpus(tmp_path, monkeypatch, named, devices, wanted):
+    from sparselearn.recipes import sweep as sweeping
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named or "")
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(sweeping.torch.cuda, "device_count", lambda: 2)
+    seen, started = [], threading.Barrier(4, timeout=60)
+
+    def run(command, *, env, **_):
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        started.wait()  # all four are under way at once
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweeping.subprocess, "run", run)
+    grid = {"seed": ["0", "1", "2", "3"], "devices": [devices]}
+    assert sweep("digits", grid, tmp_path, jobs=4, progress=False) == []
+    assert sorted(seen) == wanted
+
+
+def test_a_mode_of_compile_is_handed_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda network, mode: asked.append(mode) or network)
+    for value in ("false", "true", "reduce-overhead"):
+        Classifier(load("digits", [f"compile={value}"]))
+    assert asked == [None, "reduce-overhead"]
 
 
 def test_a_sweep_over_lengths_names_them_all(tmp_path):
