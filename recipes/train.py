@@ -319,7 +319,7 @@ def _finish(
         "size_mb": stored_megabytes(module.network, inner(sparsifier.masks if sparsifier else {})),
         "parameter_mb": _megabytes([*module.parameters(), *_latent(sparsifier)]),
         "optimizer_mb": _megabytes(_tensors(optimizer.state for optimizer in trainer.optimizers)),
-        "gpu_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1) if module.device.type == "cuda" else None,
+        "gpu_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1) if _on_gpu(config) else None,
         "seconds": round(books.seconds, 2),
         "examples_per_second": round(books.pace * config.batch_size, 1) if books.pace else None,
         "learning_rate": config.optimizer.get("lr"),
