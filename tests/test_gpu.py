@@ -9,6 +9,7 @@ import sparselearn as sl
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # advice of torch.compile (2.11)
 ]
 
 
@@ -132,7 +133,6 @@ def test_a_model_that_was_moved_to_the_cpu_is_saved_looked_at_and_masked(method:
     assert all(mask.device.type == "cpu" for mask in sparsifier.masks.values())
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch 2.11 advises less precise products
 @pytest.mark.parametrize("variant", ["rigl", "nm"])
 def test_recipes_train_alike_in_cuda_graphs(tmp_path, variant) -> None:
     from sparselearn.config import load
