@@ -10,7 +10,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet install
 TREE = .typecheck/sparselearn
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint types format clean
+.PHONY: help demo test test-slow test-oldest check lint types format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +25,11 @@ test: check ## lint, types and the test suite; any warning is an error
 
 test-slow: $(READY) ## the tests that take minutes or the network (building and installing the wheel, ...)
 	@$(RUN) -m pytest -m slow
+
+test-oldest: setup.cfg ## the suite with the oldest torch that setup.cfg allows, in .venv-oldest (PYTHON=python3.11 for all of it)
+	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/bin/python
+	@.venv-oldest/bin/python -m pip --disable-pip-version-check --quiet install -e '.[all]' torch==2.11.0 torchvision==0.26.0
+	@.venv-oldest/bin/python -m pytest
 
 check: lint types ## ruff and mypy
 

@@ -1,15 +1,13 @@
 """Products of groups of neurons that share inputs: formulas against dense layers, operators, Triton without a GPU."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpret
 
 from sparselearn import SparsityError
 from sparselearn.kernels.grouped_fan_in import by_feature, by_input, dense, is_by_feature, linear, reference, scores
@@ -188,10 +186,7 @@ def test_a_section_of_the_benchmark_stops_in_time_and_keeps_what_it_has(monkeypa
 
 
 def test_kernels_agree_with_their_formulas_in_the_interpreter():
-    script = Path(__file__).with_name("triton_interpreted.py")
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "all equal"
+    interpret("triton_interpreted.py")
 
 
 SHAPES = {"V": 32, "BT": 64, "BK": 32, "NARROW": True, "WIDE": False, "PRECISION": "tf32"}

@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import interpret
 from select_runs import METHODS, OPTIMIZERS, Run, assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -215,12 +215,7 @@ def test_importing_needs_no_triton():
 
 @pytest.mark.parametrize("options", [["--quick"], pytest.param([], marks=pytest.mark.slow)], ids=["few", "all"])
 def test_the_kernels_agree_with_the_formulas_in_the_interpreter(options):
-    pytest.importorskip("triton", reason="triton is not installed")
-    script = Path(__file__).with_name("triton_select.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", script, *options], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all equal" in done.stdout
+    interpret("triton_select.py", *options)
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])

@@ -144,8 +144,8 @@ class SemiStructuredLinear(SparseModule):
             for key in [key for key in self._forms if not key[0].startswith("metadata")]:
                 del self._forms[key]  # they are of values that an optimizer changes
                 self._prepared.clear()
-        trains = [t for t in (x_TI, self.values, self.bias) if t is not None and t.requires_grad]
-        training = torch.is_grad_enabled() and bool(trains)
+        trains = any(t is not None and t.requires_grad for t in (x_TI, self.values, self.bias))
+        training = torch.is_grad_enabled() and trains
         way = self._way(x_TI, training, frozen)
         self._prepare(x_TI, values, training, frozen)
         if way == "gemv":
