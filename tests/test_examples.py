@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         ("own_criterion", 0.9),
         ("own_method", 0.9),
         ("convert_cpu", 0.94),
+        ("train_grouped", 0.94),
     ],
 )
 def test_example_trains(name: str, least: float, capsys: pytest.CaptureFixture[str]) -> None:
