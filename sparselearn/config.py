@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sparselearn.errors import SparsityError, closest
 from sparselearn.schedules import check_run
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
+GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that replay CUDA graphs
+MODES = ("default", *GRAPHS, "max-autotune-no-cudagraphs")
 TIMES = ("every", "start", "stop", "steps", "prune_start", "prune_stop", "stop_exploration", "warmup")
 CALLABLES = ("data", "model", "method", "distribution", "optimizer", "schedule")
 
@@ -137,6 +138,11 @@ def _check_numbers(config: Config) -> None:
         raise SparsityError(f"`extend` must leave at least one of {config.max_steps} steps; got {config.extend:g}.")
     if config.compile not in (False, True, *MODES):
         raise SparsityError(f"`compile` is false, true or one of {', '.join(MODES)}; got {config.compile!r}.")
+    if config.compile in GRAPHS and config.accumulate > 1:  # pytorch issues 96693 and 169545: wrong, or an error
+        raise SparsityError(
+            f"`compile` {config.compile} replays CUDA graphs, in which torch does not add up the gradients of "
+            f"`accumulate` {config.accumulate} micro-batches. Set compile=true, or accumulate=1."
+        )
     if not 0 <= config.sparsity < 1:
         raise SparsityError(f"`sparsity` is the fraction of zeros and must lie in [0, 1); got {config.sparsity:g}.")
 

@@ -79,6 +79,15 @@ def test_a_mistake_gets_one_clear_line(change, line):
     assert message(change) == line
 
 
+def test_cuda_graphs_do_not_add_up_gradients():
+    wanted = (
+        "`compile` reduce-overhead replays CUDA graphs, in which torch does not add up the gradients of `accumulate` 4 "
+        "micro-batches. Set compile=true, or accumulate=1."
+    )
+    assert message("compile=reduce-overhead", "accumulate=4") == wanted
+    assert load("digits", ["compile=true", "accumulate=4"]).accumulate == 4
+
+
 @pytest.mark.parametrize("key", ["method", "model", "optimizer", "distribution", "data"])
 def test_an_argument_that_a_callable_does_not_take(key):
     text = message(f"{key}.nonsense=1")
